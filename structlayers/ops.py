@@ -1,0 +1,324 @@
+"""The operators: schemas, kernels, fake kernels, gradients, and the two public functions.
+
+Everything is registered from Python, so that it works without a compiler. Which backend runs is decided inside the
+operator from the real batch size; a traced graph holds one opaque call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from structlayers.backends import check_backend, resolve
+from structlayers.patterns import Pattern
+from structlayers.problem import Layout, Problem, check_product
+
+_library = torch.library.Library("structlayers", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_library.define(
+    "ks_linear(Tensor x, Tensor weight, Tensor? bias, int? in_features, int? out_features, "
+    "str layout, str activation, str backend) -> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    "ks_chain(Tensor x, Tensor[] weights, Tensor? bias, int? in_features, int? out_features, "
+    "str layout, str activation, str backend) -> Tensor",
+    tags=_TAGS,
+)
+_library.define(
+    "ks_weight_grad(Tensor dy, Tensor x, int[4] weight_shape, str layout, str backend) -> Tensor", tags=_TAGS
+)
+
+_EPILOGUES = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+# ---- kernels
+
+
+def _resize_features(x: Tensor, size: int, layout: Layout) -> Tensor:
+    """Zero-pad or crop a two-dimensional ``x`` to ``size`` features."""
+    axis = 1 if layout is Layout.BATCH_FIRST else 0
+    missing = size - x.shape[axis]
+    if missing == 0:
+        return x
+    if missing < 0:
+        return x.narrow(axis, 0, size)
+    return F.pad(x, (0, missing) if axis == 1 else (0, 0, 0, missing))
+
+
+def _flatten_batch(x: Tensor, layout: Layout) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if layout is Layout.BATCH_FIRST else x.reshape(x.shape[0], -1)
+
+
+def _output_shape(x: Tensor, features: int, layout: str) -> list[int]:
+    return [*x.shape[:-1], features] if layout == "batch_first" else [features, *x.shape[1:]]
+
+
+def _multiply(x: Tensor, weight: Tensor, pattern: Pattern, layout: Layout, backend: str) -> Tensor:
+    """One factor times a two-dimensional ``x``; missing features count as zeros, the output has the padded size."""
+    x = _resize_features(x, pattern.in_features, layout)
+    n = x.shape[0] if layout is Layout.BATCH_FIRST else x.shape[1]
+    return resolve(backend, Problem(pattern, n, x.dtype, x.device.type, layout)).multiply(x, weight, layout)
+
+
+def _ks_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    in_features: int | None,
+    out_features: int | None,
+    layout: str,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    patterns, rows = check_product(x, weights, bias, out_features, in_features, layout, activation)
+    check_backend(backend)
+    order = Layout(layout)
+    y = _flatten_batch(x, order)
+    for pattern, weight in zip(reversed(patterns), reversed(weights), strict=True):
+        y = _multiply(y, weight, pattern, order, backend)
+    y = _resize_features(y, rows, order)
+    if bias is not None:
+        y = y + (bias if order is Layout.BATCH_FIRST else bias[:, None])
+    if activation != "none":
+        y = _EPILOGUES[activation](y)
+    return y.reshape(_output_shape(x, rows, layout)).contiguous()
+
+
+def _ks_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _ks_chain(x, [weight], *rest)
+
+
+def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: str, backend: str) -> Tensor:
+    """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; missing features count as zeros."""
+    a, b, c, d = pattern = Pattern.of_weight(weight_shape)
+    order = Layout(layout)
+    dy = _resize_features(_flatten_batch(dy, order), pattern.out_features, order)
+    x = _resize_features(_flatten_batch(x, order), pattern.in_features, order)
+    if order is Layout.BATCH_FIRST:
+        n = x.shape[0]
+        return torch.einsum("nijl,nikl->iljk", dy.reshape(n, a, b, d), x.reshape(n, a, c, d)).contiguous()
+    n = x.shape[1]
+    return torch.einsum("ijln,ikln->iljk", dy.reshape(a, b, d, n), x.reshape(a, c, d, n)).contiguous()
+
+
+_library.impl("ks_chain", _ks_chain, "CompositeExplicitAutograd")
+_library.impl("ks_linear", _ks_linear, "CompositeExplicitAutograd")
+_library.impl("ks_weight_grad", _ks_weight_grad, "CompositeExplicitAutograd")
+
+
+# ---- fake kernels: shapes without data
+
+
+@torch.library.register_fake("structlayers::ks_chain", lib=_library)
+def _ks_chain_fake(x, weights, bias, in_features, out_features, layout, activation, backend):  # type: ignore[no-untyped-def]
+    _, rows = check_product(x, weights, bias, out_features, in_features, layout, activation)
+    check_backend(backend)
+    return x.new_empty(_output_shape(x, rows, layout))
+
+
+@torch.library.register_fake("structlayers::ks_linear", lib=_library)
+def _ks_linear_fake(x, weight, *rest):  # type: ignore[no-untyped-def]
+    return _ks_chain_fake(x, [weight], *rest)
+
+
+@torch.library.register_fake("structlayers::ks_weight_grad", lib=_library)
+def _ks_weight_grad_fake(dy, x, weight_shape, layout, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(weight_shape)
+
+
+# ---- gradients, all of them differentiable again
+
+
+def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, z, 0)
+    if activation == "silu":
+        # aten's silu_backward cannot be differentiated again.
+        gate = torch.sigmoid(z)
+        return dy * gate * (1 + z * (1 - gate))
+    return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _batch_sum(dy: Tensor, layout: str) -> Tensor:
+    """The bias gradient: the sum over everything but the features."""
+    return _flatten_batch(dy, Layout(layout)).sum(0 if layout == "batch_first" else 1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, bias, ctx.in_features, ctx.out_features, ctx.layout, ctx.activation, ctx.backend = inputs
+    ctx.n_weights = None if isinstance(weights, Tensor) else len(weights)
+    ctx.save_for_backward(x, bias, *([weights] if ctx.n_weights is None else weights))
+
+
+def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tensor | None, list[Any], Tensor | None]:
+    """Gradients of a chain product for its input, weights and bias; intermediates are computed again."""
+    x, bias, *weights = ctx.saved_tensors
+    layout, backend = ctx.layout, ctx.backend
+    linear = torch.ops.structlayers.ks_linear
+    inputs, size = [x], ctx.in_features
+    for weight in weights[:0:-1]:
+        inputs.append(linear(inputs[-1], weight, None, size, None, layout, "none", backend))
+        size = None
+    if ctx.activation != "none":
+        z = linear(inputs[-1], weights[0], bias, size, ctx.out_features, layout, "none", backend)
+        dy = _activation_backward(dy, z, ctx.activation)
+    d_bias = _batch_sum(dy, layout) if bias is not None and ctx.needs_input_grad[2] else None
+    d_weights: list[Any] = []
+    rows = ctx.out_features
+    for q, (weight, x_q) in enumerate(zip(weights, reversed(inputs), strict=True)):
+        needed = weight_needs[q]
+        d_weights.append(
+            torch.ops.structlayers.ks_weight_grad(dy, x_q, weight.shape, layout, backend) if needed else None
+        )
+        last = q == len(weights) - 1
+        if any(weight_needs[q + 1 :]) or ctx.needs_input_grad[0]:
+            columns = ctx.in_features if last else None
+            dy = linear(dy, weight.transpose(2, 3), None, rows, columns, layout, "none", backend)
+            rows = None
+    return (dy if ctx.needs_input_grad[0] else None), d_weights, d_bias
+
+
+def _ks_linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    d_x, (d_weight,), d_bias = _gradients(ctx, dy, [ctx.needs_input_grad[1]])
+    return d_x, d_weight, d_bias, None, None, None, None, None
+
+
+def _ks_chain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    d_x, d_weights, d_bias = _gradients(ctx, dy, ctx.needs_input_grad[1])
+    return d_x, d_weights, d_bias, None, None, None, None, None
+
+
+def _save_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, _, ctx.layout, ctx.backend = inputs
+    ctx.save_for_backward(dy, x)
+
+
+def _ks_weight_grad_backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
+    dy, x = ctx.saved_tensors
+    axis = -1 if ctx.layout == "batch_first" else 0
+    rows, columns = dy.shape[axis], x.shape[axis]
+    linear = torch.ops.structlayers.ks_linear
+    d_dy = linear(x, dw, None, columns, rows, ctx.layout, "none", ctx.backend) if ctx.needs_input_grad[0] else None
+    d_x = (
+        linear(dy, dw.transpose(2, 3), None, rows, columns, ctx.layout, "none", ctx.backend)
+        if ctx.needs_input_grad[1]
+        else None
+    )
+    return d_dy, d_x, None, None, None
+
+
+torch.library.register_autograd("structlayers::ks_linear", _ks_linear_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("structlayers::ks_chain", _ks_chain_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "structlayers::ks_weight_grad", _ks_weight_grad_backward, setup_context=_save_weight_grad, lib=_library
+)
+
+
+# ---- FLOPs, for torch.utils.flop_counter
+
+
+def _batch_size(shape: Sequence[int], layout: str) -> int:
+    return torch.Size(shape[:-1] if layout == "batch_first" else shape[1:]).numel()
+
+
+@register_flop_formula(torch.ops.structlayers.ks_chain)
+def _ks_chain_flops(x_shape, weight_shapes, bias, in_features, out_features, layout, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    n = _batch_size(x_shape, layout)
+    return sum(Pattern.of_weight(shape).flops(n) for shape in weight_shapes)
+
+
+@register_flop_formula(torch.ops.structlayers.ks_linear)
+def _ks_linear_flops(x_shape, weight_shape, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _ks_chain_flops(x_shape, [weight_shape], *rest, **kwargs)
+
+
+@register_flop_formula(torch.ops.structlayers.ks_weight_grad)
+def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return Pattern.of_weight(weight_shape).flops(_batch_size(x_shape, layout))
+
+
+# ---- the public functions
+
+
+def _autocast(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Cast to the autocast dtype where autocast is on, as ``F.linear`` does: floating point, but not float64."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return x, list(weights), bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(x), [cast(w) for w in weights], None if bias is None else cast(bias)
+
+
+def ks_linear(
+    x: Tensor,  # (..., a*c*d), batch-last (a*c*d, ...)
+    weight: Tensor,  # (a, d, b, c)
+    bias: Tensor | None = None,  # (a*b*d,)
+    *,
+    layout: str | Layout = "batch_first",
+    backend: str = "auto",
+    activation: str = "none",
+    in_features: int | None = None,
+    out_features: int | None = None,
+) -> Tensor:  # (..., a*b*d), batch-last (a*b*d, ...)
+    """Multiply by one Kronecker-sparse factor: ``y = activation(x @ K.T + bias)``.
+
+    ``in_features`` and ``out_features`` are logical sizes: the factor is its leading ``(out, in)`` part.
+    Cost: ``2*N*a*b*c*d`` FLOPs. Raises :class:`ShapeError` if the features of ``x`` are not ``in_features`` (``a*c*d`` by
+    default), or shapes, dtypes or devices do not fit; the message has the sizes and the pattern.
+    :class:`BackendError` if ``backend`` is unknown or cannot compute the problem.
+    Source: Gonon et al., arXiv:2405.15013.
+    """
+    x, (weight,), bias = _autocast(x, [weight], bias)
+    return torch.ops.structlayers.ks_linear(
+        x, weight, bias, in_features, out_features, Layout(layout).value, activation, backend
+    )
+
+
+def ks_chain(
+    x: Tensor,  # (..., in_features), batch-last (in_features, ...)
+    weights: Sequence[Tensor],  # one (a, d, b, c) per factor, written order
+    bias: Tensor | None = None,  # (out_features,)
+    *,
+    layout: str | Layout = "batch_first",
+    backend: str = "auto",
+    activation: str = "none",
+    in_features: int | None = None,
+    out_features: int | None = None,
+    recompute: bool = False,
+) -> Tensor:  # (..., out_features), batch-last (out_features, ...)
+    """Multiply by a chain of factors, the last one first: ``y = activation(x @ (K_1 ... K_L).T + bias)``.
+
+    When gradients are recorded, the input of every factor is kept for the backward pass; with ``recompute=True`` only
+    ``x`` is kept and the rest is computed again. Sizes and errors as in :func:`ks_linear`; also :class:`ChainError`
+    where neighbours do not compose.
+    """
+    layout = Layout(layout).value
+    x, weights, bias = _autocast(x, weights, bias)
+    records = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    if recompute or not records or len(weights) < 2:
+        return torch.ops.structlayers.ks_chain(x, weights, bias, in_features, out_features, layout, activation, backend)
+    if not torch.compiler.is_compiling():
+        # The factors check themselves too, but not that they form one chain of these sizes.
+        check_product(x, weights, bias, out_features, in_features, layout, activation)
+    y, size = x, in_features
+    for weight in weights[:0:-1]:
+        y = torch.ops.structlayers.ks_linear(y, weight, None, size, None, layout, "none", backend)
+        size = None
+    return torch.ops.structlayers.ks_linear(y, weights[0], bias, size, out_features, layout, activation, backend)

@@ -1,0 +1,101 @@
+"""The problem that a backend is given, and the one check of what may be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from structlayers.errors import ChainError, ShapeError
+from structlayers.patterns import Chain, Pattern
+
+
+class Layout(str, Enum):
+    """Where the batch is: ``(N, features)``, PyTorch's habit, or ``(features, N)``."""
+
+    BATCH_FIRST = "batch_first"
+    BATCH_LAST = "batch_last"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Layout:
+        raise ValueError(f"layout = {value!r}: expected one of {[layout.value for layout in cls]}")
+
+
+# What may follow the product in the same op. "gelu_tanh" is GELU's tanh approximation.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product with one factor: all that the choice of a backend may depend on."""
+
+    pattern: Pattern
+    n: int
+    dtype: torch.dtype
+    device_type: str
+    layout: Layout
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{tuple(self.pattern)}, n={self.n}, {dtype}, {self.layout.value}, {self.device_type}"
+
+
+@lru_cache(maxsize=4096)
+def _patterns_of(shapes: tuple[tuple[int, ...], ...]) -> tuple[Pattern, ...]:
+    return Chain([Pattern.of_weight(shape) for shape in shapes]).patterns
+
+
+def check_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    out_features: int | None,
+    in_features: int | None,
+    layout: str,
+    activation: str,
+) -> tuple[tuple[Pattern, ...], int]:
+    """The patterns of a chain product and its logical output size; used by the kernels and the fake kernels alike.
+
+    Raises :class:`ShapeError` where a tensor does not fit, naming the sizes and the pattern, and
+    :class:`ChainError` where the weights are no chain.
+    """
+    if layout not in ("batch_first", "batch_last"):
+        Layout(layout)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}: expected one of {list(ACTIVATIONS)}")
+    if not weights:
+        raise ChainError("chain of 0 weights: expected at least one")
+    patterns = _patterns_of(tuple(tuple(int(size) for size in w.shape) for w in weights))
+    reads, writes = patterns[-1].in_features, patterns[0].out_features
+    expected = reads if in_features is None else in_features
+    axis = -1 if layout == "batch_first" else 0
+    if x.dim() == 0 or x.shape[axis] != expected:
+        raise ShapeError(
+            f"x of shape {tuple(x.shape)}: expected {expected} features in dimension {axis} ({layout}) "
+            f"for {_spec(patterns)}"
+        )
+    if not 1 <= expected <= reads:
+        raise ShapeError(f"in_features = {expected}: expected 1 to {reads}, the columns of {_spec(patterns)}")
+    rows = writes if out_features is None else out_features
+    if not 1 <= rows <= writes:
+        raise ShapeError(f"out_features = {rows}: expected 1 to {writes}, the rows of {_spec(patterns)}")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ShapeError(f"bias of shape {tuple(bias.shape)}: expected ({rows},) for {_spec(patterns)}")
+    for name, tensor in (*((f"weight {q}", w) for q, w in enumerate(weights, start=1)), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ShapeError(f"{name} has dtype {tensor.dtype} but x has {x.dtype}: expected one dtype")
+        if tensor.device != x.device:
+            raise ShapeError(f"{name} is on {tensor.device} but x is on {x.device}: expected one device")
+    if not x.dtype.is_floating_point:
+        raise ShapeError(f"x has dtype {x.dtype}: expected a floating-point dtype")
+    return patterns, rows
+
+
+def _spec(patterns: Sequence[Pattern]) -> str:
+    return "".join(f"({p.a},{p.b},{p.c},{p.d})" for p in patterns)
