@@ -1,0 +1,301 @@
+"""Swap the linear layers of a model for factor chains, in place, by rule.
+
+Everything is planned and built before the first module is replaced, so an error leaves the model as it was; what a rule
+names but cannot swap is in the report with its reason. Hugging Face's ``Conv1D`` (a linear whose weight is stored
+``(in, out)``) is known by its shape, without importing transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from structlayers.errors import ChainError, ConfigError
+from structlayers.nn import KSLinear
+from structlayers.patterns import Chain
+from structlayers.swap_rules import Rules, SwapRule, chooser
+
+__all__ = ["SkippedLayer", "SwapReport", "SwapRule", "SwappedLayer", "as_linear", "dress", "install", "swap_linears"]
+
+
+@dataclass(frozen=True)
+class SwappedLayer:
+    """One replaced layer: weights only (the bias stays), FLOPs per row of its input."""
+
+    name: str
+    chain: Chain
+    note: str = ""
+
+    @property
+    def params_before(self) -> int:
+        return self.chain.dense_params
+
+    @property
+    def params_after(self) -> int:
+        return self.chain.n_params
+
+    @property
+    def flops_before(self) -> int:
+        return 2 * self.chain.dense_params
+
+    @property
+    def flops_after(self) -> int:
+        return self.chain.flops(1)
+
+    @property
+    def kept(self) -> float:
+        return self.chain.kept
+
+
+class SkippedLayer(NamedTuple):
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What :func:`swap_linears` did; ``str()`` is a table."""
+
+    swapped: tuple[SwappedLayer, ...]
+    skipped: tuple[SkippedLayer, ...]
+
+    @property
+    def params_before(self) -> int:
+        return sum(layer.params_before for layer in self.swapped)
+
+    @property
+    def params_after(self) -> int:
+        return sum(layer.params_after for layer in self.swapped)
+
+    @property
+    def flops_before(self) -> int:
+        return sum(layer.flops_before for layer in self.swapped)
+
+    @property
+    def flops_after(self) -> int:
+        return sum(layer.flops_after for layer in self.swapped)
+
+    @property
+    def kept(self) -> float:
+        """Weights of the replaced layers after over before; 1 if none was replaced."""
+        return self.params_after / self.params_before if self.swapped else 1.0
+
+    def __str__(self) -> str:
+        total = f"total of {len(self.swapped)}"
+        rows = [("layer", "chain", "params", "FLOPs per row", "kept")]
+        for layer in self.swapped:
+            rows.append((layer.name, layer.chain.spec, *_before_after(layer)))
+        rows.append((total, "", *_before_after(self)))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = []
+        for row in rows:
+            left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+            lines.append("  ".join(left + right))
+        lines += [f"note: {layer.name}: {layer.note}" for layer in self.swapped if layer.note]
+        lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def swap_linears(
+    model: nn.Module,
+    rule: Rules,
+    *,
+    init: str = "random",
+    scale: str = "variance",
+    backend: str = "auto",
+    layout: str = "batch_first",
+    recompute: bool = False,
+) -> SwapReport:
+    """Replace the linear layers that ``rule`` names by :class:`KSLinear`, in place.
+
+    ``rule``: a :class:`SwapRule`, a mapping with its fields, the name of a structure, a list of these (the first that
+    matches a name decides), or a callable ``(name, in_features, out_features) -> Chain | None``.
+    ``init``: ``"random"`` (of the ``scale`` that :func:`structlayers.init.factor_std` names) or ``"project"`` (an
+    approximation of the weight that was there, :meth:`KSLinear.from_linear`). Bias values, dtype, device, training mode
+    and ``requires_grad`` are kept. ``backend``, ``layout`` and ``recompute`` are those of :class:`KSLinear`;
+    ``layout="batch_last"`` only fits a model whose other layers read ``(features, N)``.
+
+    Skipped, with the reason in the report: layers whose weight has a second owner, subclasses of ``nn.Linear``, layers
+    with hooks, layers whose parent's ``forward`` reads ``.weight``, chains that do not exist or keep too much.
+    ``nn.TransformerEncoderLayer`` reads its children's weights only in its fused inference path, which is turned off.
+
+    Raises :class:`ConfigError` for a rule that matches no layer, naming its patterns and the layers that exist, and for
+    an unknown structure, option or ``init``; the model is then unchanged.
+    """
+    if init not in ("random", "project"):
+        raise ConfigError(f"init = {init!r}: expected 'random' or 'project'")
+    if as_linear(model) is not None:
+        raise ConfigError(
+            f"the model itself is a {type(model).__name__}: it has no parent to swap it in; use KSLinear.from_linear"
+        )
+    linears = {name: linear for name, module in model.named_modules() if (linear := as_linear(module)) is not None}
+    choose = chooser(rule, list(linears))
+    owners = _Owners(model)
+    options = {"init": scale, "backend": backend, "layout": layout, "recompute": recompute}
+
+    swapped: list[SwappedLayer] = []
+    skipped: list[SkippedLayer] = []
+    layers: dict[str, KSLinear] = {}
+    for name, linear in linears.items():
+        try:
+            # Constructors warn where they round a size up; that belongs into the report, once per layer.
+            with warnings.catch_warnings(record=True) as notes:
+                warnings.simplefilter("always")
+                chain = choose(name, linear.in_features, linear.out_features)
+            owners.check(name)
+        except ChainError as reason:
+            skipped.append(SkippedLayer(name, str(reason)))
+            continue
+        layers[name] = _build(linear, chain, init, options)
+        swapped.append(SwappedLayer(name, chain, "; ".join(str(note.message) for note in notes)))
+    install(model, layers)
+    return SwapReport(tuple(swapped), tuple(skipped))
+
+
+def as_linear(module: nn.Module) -> nn.Linear | None:
+    """The layer as an ``nn.Linear`` (a Hugging Face ``Conv1D`` through a transposed view of its weight), else None."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, nn.Parameter):
+        return None
+    if weight.dim() != 2 or weight.shape[1] != getattr(module, "nf", None):
+        return None
+    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.register_parameter("bias", bias)
+    return linear.train(module.training)
+
+
+def install(model: nn.Module, layers: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Put ``layers`` in the place of the modules of those names, wherever they are registered.
+
+    PyTorch's fused transformer path reads ``linear1.weight`` itself: it is turned off where it would meet a new layer.
+    Returns a function that puts everything back.
+    """
+    new_by_old = {id(model.get_submodule(name)): new for name, new in layers.items()}
+    former: list[tuple[MutableMapping[str, Any], str, Any]] = []
+
+    def put(table: MutableMapping[str, Any], key: str, value: Any) -> None:
+        former.append((table, key, table[key]))
+        table[key] = value
+
+    parents = list(model.modules())
+    touched: set[int] = set()
+    for parent in parents:
+        for key, child in list(parent._modules.items()):
+            if id(child) in new_by_old:
+                put(parent._modules, key, new_by_old[id(child)])
+                if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu:
+                    put(parent.__dict__, "activation_relu_or_gelu", 0)
+                    touched.add(id(parent))
+    for parent in parents:
+        if isinstance(parent, nn.TransformerEncoder) and any(id(layer) in touched for layer in parent.layers):
+            put(parent.__dict__, "use_nested_tensor", False)
+
+    def undo() -> None:
+        for table, key, value in reversed(former):
+            table[key] = value
+
+    return undo
+
+
+def dress(new: KSLinear, old: nn.Linear) -> KSLinear:
+    """Give ``new`` the training mode and the ``requires_grad`` of the layer that it replaces."""
+    new.train(old.training)
+    for factor in new.factors:
+        factor.requires_grad_(old.weight.requires_grad)
+    if new.bias is not None:
+        new.bias.requires_grad_(old.bias.requires_grad)
+    return new
+
+
+class _Owners:
+    """Who holds which module and parameter of a model, to refuse what a swap would break."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.holders = Counter(id(child) for m in model.modules() for child in m._modules.values())
+        self.names: dict[int, list[str]] = {}
+        for prefix, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.names.setdefault(id(parameter), []).append(f"{prefix}.{key}" if prefix else key)
+
+    def check(self, name: str) -> None:
+        """Raise :class:`ChainError`, with the reason, if the layer of that name cannot be replaced."""
+        path, _, child = name.rpartition(".")
+        parent, layer = self.model.get_submodule(path), self.model.get_submodule(name)
+        # Those two are read in the fused path only, which install() turns off.
+        is_fast_path = isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2")
+        if isinstance(parent, nn.MultiheadAttention) or (not is_fast_path and _reads_weight(type(parent), child)):
+            raise ChainError(f"its parent {type(parent).__name__} reads {child}.weight instead of calling it")
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            raise ChainError(f"{type(layer).__name__} is a subclass of Linear: its own behaviour would be lost")
+        if self.holders[id(layer)] > 1:
+            raise ChainError(f"the same module is registered in {self.holders[id(layer)]} places")
+        for key, parameter in layer._parameters.items():
+            others = [other for other in self.names.get(id(parameter), []) if other != f"{name}.{key}"]
+            if others:
+                raise ChainError(f"its {key} is tied to {', '.join(others)}")
+        extra = [*layer._modules, *layer._buffers, *(key for key in layer._parameters if key not in ("weight", "bias"))]
+        if extra:
+            raise ChainError(f"it holds more than weight and bias: {', '.join(extra)}")
+        if "forward" in layer.__dict__ or any(getattr(layer, hooks) for hooks in _HOOKS):
+            raise ChainError("it has hooks or its own forward (weight norm, offloading, ...), which would be lost")
+        weight = layer._parameters.get("weight")
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            kind = f"{type(layer.weight).__name__} of {getattr(layer.weight, 'dtype', None)}"
+            raise ChainError(f"its weight is a {kind}: expected a plain floating-point Parameter")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@cache
+def _forward_source(cls: type) -> str:
+    """The source of every ``forward`` that a class defines or inherits; empty where there is none to read."""
+    sources = []
+    for base in cls.__mro__:
+        if base is not nn.Module and "forward" in base.__dict__:
+            try:
+                sources.append(inspect.getsource(base.__dict__["forward"]))
+            except (OSError, TypeError):
+                continue
+    return "\n".join(sources)
+
+
+def _reads_weight(parent: type, child: str) -> bool:
+    return re.search(rf"\bself\.{re.escape(child)}\.weight\b", _forward_source(parent)) is not None
+
+
+def _build(old: nn.Linear, chain: Chain, init: str, options: Mapping[str, Any]) -> KSLinear:
+    if init == "project":
+        if old.weight.is_meta:
+            raise ConfigError(
+                "init = 'project' with weights on the meta device: expected values to project, or 'random'"
+            )
+        return KSLinear.from_linear(old, chain, **options)
+    new = KSLinear(chain, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype, **options)
+    if new.bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(old.bias)
+    return dress(new, old)
+
+
+def _before_after(counts: SwappedLayer | SwapReport) -> tuple[str, str, str]:
+    return (
+        f"{counts.params_before:,} -> {counts.params_after:,}",
+        f"{counts.flops_before:,} -> {counts.flops_after:,}",
+        f"{counts.kept:.1%}",
+    )
