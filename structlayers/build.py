@@ -1,0 +1,57 @@
+"""From plain configuration values to a model: what ``train.py`` and ``infer.py`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from structlayers.errors import ConfigError
+from structlayers.surgery import SwapReport, swap_linears
+
+
+def locate(target: str) -> Any:
+    """The object that a dotted path names. Raises :class:`ConfigError` if there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_ = {target!r}: expected the dotted path of a class or function ({error})") from error
+
+
+def build_model(
+    model: Mapping[str, Any],
+    structure: Mapping[str, Any] | None,
+    model_args: Mapping[str, Any],
+    backend: str = "auto",
+) -> tuple[nn.Module, SwapReport]:
+    """Build a model and swap its linear layers.
+
+    ``model``: ``_target_`` and arguments; ``model_args``: what the data fix (:meth:`model_args` of a data module);
+    ``structure``: the fields of a :class:`~structlayers.surgery.SwapRule`, or ``rules``, a list of such mappings, and
+    optionally ``init`` and ``scale`` of :func:`~structlayers.surgery.swap_linears`; empty or None leaves the model dense.
+    Options that are None count as not given. Raises :class:`ConfigError` on an unknown target, key or value.
+    """
+    arguments = {**model_args, **model}
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise ConfigError(f"model = {dict(model)}: expected a key _target_")
+    try:
+        network = locate(target)(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"model {target} does not take these arguments: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"_target_ = {target!r} built a {type(network).__name__}: expected a torch.nn.Module")
+    if not structure:
+        return network, SwapReport((), ())
+    swap = dict(structure)
+    how = {key: swap.pop(key) for key in ("init", "scale") if key in swap}
+    rules = [_without_nulls(rule) for rule in swap.pop("rules", [swap])]
+    return network, swap_linears(network, rules, backend=backend, **how)
+
+
+def _without_nulls(rule: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in (rule.get("options") or {}).items() if value is not None}
+    return {**rule, "options": options}

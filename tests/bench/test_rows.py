@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from structlayers.bench.rows import DISAGREES, TIMED, Row, append_rows, read_rows, table
+from structlayers.errors import DataError
+
+
+def row(**changes) -> Row:
+    values = {
+        "case": "model",
+        "variant": "monarch, auto",
+        "structure": "monarch",
+        "backend": "auto",
+        "layout": "batch_first",
+        "compiled": "no",
+        "dtype": "float32",
+        "device": "cpu",
+        "batch": 4,
+        "status": TIMED,
+        "p20_ms": 1.0,
+        "p50_ms": 2.0,
+        "p80_ms": 3.0,
+        "throughput_per_s": 2000.0,
+        "machine": {"torch": "2.11"},
+    }
+    return Row(**(values | changes))
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    first, second = row(), row(status=DISAGREES, reason="off by 3", p50_ms=None)
+    append_rows(path, [first])
+    append_rows(path, [second])
+    assert read_rows(path) == [first, second]
+
+
+def test_a_line_cut_short_is_left_out_and_replaced(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row(batch=1), row(batch=2)])
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [found.batch for found in read_rows(path)] == [1]
+    append_rows(path, [row(batch=3)])
+    assert [found.batch for found in read_rows(path)] == [1, 3]
+
+
+def test_rows_of_a_later_version_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row()])
+    values = json.loads(path.read_text()) | {"energy_j": 1.0}
+    path.write_text(json.dumps(values) + "\n")
+    assert len(read_rows(path)) == 1
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"case": "only"}'])
+def test_a_file_of_something_else_is_named_with_its_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row()])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2"):
+        read_rows(path)
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="absent"):
+        read_rows(tmp_path / "absent.jsonl")
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ValueError):
+        append_rows(tmp_path / "rows.jsonl", [row(error=float("nan"))])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_the_table_shows_times_and_reasons():
+    text = table([row(speedup=1.5, resolved_backend="bmm"), row(batch=8, status=DISAGREES, reason="off", p50_ms=None)])
+    lines = text.splitlines()
+    assert "auto -> bmm" in lines[2] and "[1, 3]" in lines[2] and "1.50" in lines[2] and "2,000" in lines[2]
+    assert "disagrees" in lines[3] and "[1, 3]" not in lines[3]
+    assert lines[4] == "not timed: monarch, auto, float32, batch 8: off"
