@@ -17,7 +17,7 @@ from structlayers.problem import ACTIVATIONS, Layout, Problem
 
 
 class KSLinear(nn.Module):
-    """A linear layer ``y = activation(x W^T + bias)`` whose weight is a chain ``W = K_1 ... K_L``; stands in for ``nn.Linear``.
+    """A linear layer ``y = activation(x W^T + bias)`` whose weight is a chain ``W = K_1 ... K_L``, for ``nn.Linear``.
 
     Input ``(..., in_features)``, output ``(..., out_features)``; batch-last, ``(in_features, ...)`` and
     ``(out_features, ...)``. Parameters: ``factors.0`` to ``factors.{L-1}`` in written order, each ``(a, d, b, c)``, and

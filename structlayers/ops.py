@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structlayers.backends import check_backend, resolve
+from structlayers.backends import bmm, check_backend, resolve
 from structlayers.patterns import Pattern
-from structlayers.problem import Layout, Problem, check_product
+from structlayers.problem import Layout, Problem, check_product, check_weight_grad
 
 _library = torch.library.Library("structlayers", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -65,11 +65,15 @@ def _output_shape(x: Tensor, features: int, layout: str) -> list[int]:
     return [*x.shape[:-1], features] if layout == "batch_first" else [features, *x.shape[1:]]
 
 
+def _problem(x: Tensor, pattern: Pattern, layout: Layout) -> Problem:
+    n = x.shape[0] if layout is Layout.BATCH_FIRST else x.shape[1]
+    return Problem(pattern, n, x.dtype, x.device.type, layout)
+
+
 def _multiply(x: Tensor, weight: Tensor, pattern: Pattern, layout: Layout, backend: str) -> Tensor:
     """One factor times a two-dimensional ``x``; missing features count as zeros, the output has the padded size."""
     x = _resize_features(x, pattern.in_features, layout)
-    n = x.shape[0] if layout is Layout.BATCH_FIRST else x.shape[1]
-    return resolve(backend, Problem(pattern, n, x.dtype, x.device.type, layout)).multiply(x, weight, layout)
+    return resolve(backend, _problem(x, pattern, layout)).multiply(x, weight, layout)
 
 
 def _ks_chain(
@@ -90,7 +94,8 @@ def _ks_chain(
         y = _multiply(y, weight, pattern, order, backend)
     y = _resize_features(y, rows, order)
     if bias is not None:
-        y = y + (bias if order is Layout.BATCH_FIRST else bias[:, None])
+        # In place: every product writes a fresh tensor.
+        y.add_(bias if order is Layout.BATCH_FIRST else bias[:, None])
     if activation != "none":
         y = _EPILOGUES[activation](y)
     return y.reshape(_output_shape(x, rows, layout)).contiguous()
@@ -102,15 +107,11 @@ def _ks_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: str, backend: str) -> Tensor:
     """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; missing features count as zeros."""
-    a, b, c, d = pattern = Pattern.of_weight(weight_shape)
-    order = Layout(layout)
+    pattern, order = check_weight_grad(dy, x, weight_shape, layout), Layout(layout)
     dy = _resize_features(_flatten_batch(dy, order), pattern.out_features, order)
     x = _resize_features(_flatten_batch(x, order), pattern.in_features, order)
-    if order is Layout.BATCH_FIRST:
-        n = x.shape[0]
-        return torch.einsum("nijl,nikl->iljk", dy.reshape(n, a, b, d), x.reshape(n, a, c, d)).contiguous()
-    n = x.shape[1]
-    return torch.einsum("ijln,ikln->iljk", dy.reshape(a, b, d, n), x.reshape(a, c, d, n)).contiguous()
+    weight_grad = resolve(backend, _problem(x, pattern, order)).weight_grad or bmm.weight_grad
+    return weight_grad(dy, x, pattern, order)
 
 
 _library.impl("ks_chain", _ks_chain, "CompositeExplicitAutograd")
@@ -122,19 +123,21 @@ _library.impl("ks_weight_grad", _ks_weight_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("structlayers::ks_chain", lib=_library)
-def _ks_chain_fake(x, weights, bias, in_features, out_features, layout, activation, backend):  # type: ignore[no-untyped-def]
+def _ks_chain_fake(x, weights, bias, in_features, out_features, layout, activation, backend):
     _, rows = check_product(x, weights, bias, out_features, in_features, layout, activation)
     check_backend(backend)
     return x.new_empty(_output_shape(x, rows, layout))
 
 
 @torch.library.register_fake("structlayers::ks_linear", lib=_library)
-def _ks_linear_fake(x, weight, *rest):  # type: ignore[no-untyped-def]
+def _ks_linear_fake(x, weight, *rest):
     return _ks_chain_fake(x, [weight], *rest)
 
 
 @torch.library.register_fake("structlayers::ks_weight_grad", lib=_library)
-def _ks_weight_grad_fake(dy, x, weight_shape, layout, backend):  # type: ignore[no-untyped-def]
+def _ks_weight_grad_fake(dy, x, weight_shape, layout, backend):
+    check_weight_grad(dy, x, weight_shape, layout)
+    check_backend(backend)
     return x.new_empty(weight_shape)
 
 
@@ -168,8 +171,10 @@ def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tens
     layout, backend = ctx.layout, ctx.backend
     linear = torch.ops.structlayers.ks_linear
     inputs, size = [x], ctx.in_features
-    for weight in weights[:0:-1]:
-        inputs.append(linear(inputs[-1], weight, None, size, None, layout, "none", backend))
+    for q in range(len(weights) - 1, 0, -1):
+        if ctx.activation == "none" and not any(weight_needs[:q]):
+            break
+        inputs.append(linear(inputs[-1], weights[q], None, size, None, layout, "none", backend))
         size = None
     if ctx.activation != "none":
         z = linear(inputs[-1], weights[0], bias, size, ctx.out_features, layout, "none", backend)
@@ -177,14 +182,15 @@ def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tens
     d_bias = _batch_sum(dy, layout) if bias is not None and ctx.needs_input_grad[2] else None
     d_weights: list[Any] = []
     rows = ctx.out_features
-    for q, (weight, x_q) in enumerate(zip(weights, reversed(inputs), strict=True)):
-        needed = weight_needs[q]
-        d_weights.append(
-            torch.ops.structlayers.ks_weight_grad(dy, x_q, weight.shape, layout, backend) if needed else None
-        )
-        last = q == len(weights) - 1
+    last = len(weights) - 1
+    for q, weight in enumerate(weights):
+        d_weight = None
+        if weight_needs[q]:
+            x_q = inputs[last - q]
+            d_weight = torch.ops.structlayers.ks_weight_grad(dy, x_q, weight.shape, layout, backend)
+        d_weights.append(d_weight)
         if any(weight_needs[q + 1 :]) or ctx.needs_input_grad[0]:
-            columns = ctx.in_features if last else None
+            columns = ctx.in_features if q == last else None
             dy = linear(dy, weight.transpose(2, 3), None, rows, columns, layout, "none", backend)
             rows = None
     return (dy if ctx.needs_input_grad[0] else None), d_weights, d_bias
@@ -229,24 +235,24 @@ torch.library.register_autograd(
 # ---- FLOPs, for torch.utils.flop_counter
 
 
-def _batch_size(shape: Sequence[int], layout: str) -> int:
-    return torch.Size(shape[:-1] if layout == "batch_first" else shape[1:]).numel()
-
-
-@register_flop_formula(torch.ops.structlayers.ks_chain)
-def _ks_chain_flops(x_shape, weight_shapes, bias, in_features, out_features, layout, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    n = _batch_size(x_shape, layout)
+def _flops(x_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]], layout: str) -> int:
+    n = torch.Size(x_shape[:-1] if layout == "batch_first" else x_shape[1:]).numel()
     return sum(Pattern.of_weight(shape).flops(n) for shape in weight_shapes)
 
 
+@register_flop_formula(torch.ops.structlayers.ks_chain)
+def _ks_chain_flops(x_shape, weight_shapes, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
+    return _flops(x_shape, weight_shapes, layout)
+
+
 @register_flop_formula(torch.ops.structlayers.ks_linear)
-def _ks_linear_flops(x_shape, weight_shape, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _ks_chain_flops(x_shape, [weight_shape], *rest, **kwargs)
+def _ks_linear_flops(x_shape, weight_shape, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
+    return _flops(x_shape, [weight_shape], layout)
 
 
 @register_flop_formula(torch.ops.structlayers.ks_weight_grad)
-def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return Pattern.of_weight(weight_shape).flops(_batch_size(x_shape, layout))
+def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwargs) -> int:
+    return _flops(x_shape, [weight_shape], layout)
 
 
 # ---- the public functions
@@ -280,8 +286,8 @@ def ks_linear(
     """Multiply by one Kronecker-sparse factor: ``y = activation(x @ K.T + bias)``.
 
     ``in_features`` and ``out_features`` are logical sizes: the factor is its leading ``(out, in)`` part.
-    Cost: ``2*N*a*b*c*d`` FLOPs. Raises :class:`ShapeError` if the features of ``x`` are not ``in_features`` (``a*c*d`` by
-    default), or shapes, dtypes or devices do not fit; the message has the sizes and the pattern.
+    Cost: ``2*N*a*b*c*d`` FLOPs. Raises :class:`ShapeError` if ``x`` does not have ``in_features`` features (``a*c*d``
+    by default), or shapes, dtypes or devices do not fit; the message has the sizes and the pattern.
     :class:`BackendError` if ``backend`` is unknown or cannot compute the problem.
     Source: Gonon et al., arXiv:2405.15013.
     """
@@ -311,8 +317,13 @@ def ks_chain(
     """
     layout = Layout(layout).value
     x, weights, bias = _autocast(x, weights, bias)
+    if len(weights) == 1:
+        # PyTorch's bookkeeping is several times slower for an operator that takes a list of tensors.
+        return torch.ops.structlayers.ks_linear(
+            x, weights[0], bias, in_features, out_features, layout, activation, backend
+        )
     records = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
-    if recompute or not records or len(weights) < 2:
+    if recompute or not records:
         return torch.ops.structlayers.ks_chain(x, weights, bias, in_features, out_features, layout, activation, backend)
     if not torch.compiler.is_compiling():
         # The factors check themselves too, but not that they form one chain of these sizes.

@@ -11,10 +11,14 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import overload
 
 from structlayers.errors import ChainError
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +40,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         for name, value in zip("abcd", self, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ChainError(f"pattern entry {name} = {value!r}: expected an integer >= 1 in {tuple(self)}")
 
     def __iter__(self) -> Iterator[int]:
@@ -46,12 +50,20 @@ class Pattern:
         return f"I{self.a} (x) 1[{self.b}x{self.c}] (x) I{self.d}"
 
     @classmethod
+    def of_entries(cls, entries: Sequence[int]) -> Pattern:
+        """The pattern of four integers ``a, b, c, d``."""
+        entries = tuple(entries)
+        if len(entries) != 4:
+            raise ChainError(f"pattern {entries}: expected four integers (a, b, c, d)")
+        return cls(*entries)
+
+    @classmethod
     def of_weight(cls, shape: Sequence[int]) -> Pattern:
         """The pattern of a weight stored as ``(a, d, b, c)``."""
         if len(shape) != 4:
             raise ChainError(f"weight of shape {tuple(shape)}: expected four dimensions (a, d, b, c)")
         a, d, b, c = (int(size) for size in shape)
-        return cls(a, b, c, d)
+        return _cached_pattern(a, b, c, d)
 
     @property
     def in_features(self) -> int:
@@ -100,6 +112,12 @@ class Pattern:
         return Link(self, right)
 
 
+@lru_cache(maxsize=4096)
+def _cached_pattern(a: int, b: int, c: int, d: int) -> Pattern:
+    """Made once for every shape: the operators ask for it several times a call."""
+    return Pattern(a, b, c, d)
+
+
 @dataclass(frozen=True)
 class Link:
     """A chainable pair ``left @ right``: ``left.a | right.a``, ``right.d | left.d``, integer link rank.
@@ -136,7 +154,7 @@ class Link:
 
 
 class Chain(Sequence[Pattern]):
-    """A product ``W = K_1 K_2 ... K_L`` of Kronecker-sparse factors, in written order: the last touches the input first.
+    """A product ``W = K_1 ... K_L`` of Kronecker-sparse factors, in written order: the last touches the input first.
 
     ``in_features`` and ``out_features`` are the logical sizes: ``W`` is the leading ``(out, in)`` part of the product,
     so a chain may be padded beyond the layer that it stands for; the padding counts in parameters and FLOPs.
@@ -149,7 +167,7 @@ class Chain(Sequence[Pattern]):
         in_features: int | None = None,
         out_features: int | None = None,
     ) -> None:
-        self.patterns = tuple(p if isinstance(p, Pattern) else Pattern(*p) for p in patterns)
+        self.patterns = tuple(p if isinstance(p, Pattern) else Pattern.of_entries(p) for p in patterns)
         if not self.patterns:
             raise ChainError("chain of 0 patterns: expected at least one")
         for q, (left, right) in enumerate(zip(self.patterns, self.patterns[1:], strict=False), start=1):
@@ -164,9 +182,9 @@ class Chain(Sequence[Pattern]):
             ("in_features", self.in_features, self.padded_in_features),
             ("out_features", self.out_features, self.padded_out_features),
         ):
-            if not 1 <= logical <= padded:
+            if not _is_integer(logical) or not 1 <= logical <= padded:
                 raise ChainError(
-                    f"{name} = {logical}: expected 1 to {padded}, the size of the product {self._product()}"
+                    f"{name} = {logical!r}: expected 1 to {padded}, the size of the product {self._product()}"
                 )
 
     # ---- a sequence of patterns, a value
@@ -212,7 +230,7 @@ class Chain(Sequence[Pattern]):
     @classmethod
     def parse(cls, spec: str) -> Chain:
         """Read ``"(1,192,192,4)(4,192,192,1)"``, optionally with a crop ``[:out,:in]`` behind it."""
-        text = re.sub(r"\s", "", spec)
+        text = re.sub(r"\s", "", spec) if isinstance(spec, str) else ""
         match = re.fullmatch(r"((?:\(\d+,\d+,\d+,\d+\),?)+)(?:\[:(\d+),:(\d+)\])?", text)
         if match is None:
             raise ChainError(f"chain {spec!r}: expected (a,b,c,d)(a,b,c,d)... with integers, optionally [:out,:in]")
@@ -351,7 +369,8 @@ class Chain(Sequence[Pattern]):
             q = min(p, s)
             if q < blocks:
                 raise ChainError(
-                    f"monarch {in_features} -> {out_features} with blocks={blocks}: the middle has {q} features per block, "
+                    f"monarch {in_features} -> {out_features} with blocks={blocks}: "
+                    f"the middle has {q} features per block, "
                     f"so only {q}/{blocks} = {q / blocks:.1%} of W could be non-zero; "
                     f"expected blocks <= {_most_blocks(in_features, out_features)}, or rank= to widen the middle"
                 )
@@ -397,12 +416,7 @@ class Chain(Sequence[Pattern]):
         """
         out_features = in_features if out_features is None else out_features
         _check_sizes(in_features=in_features, out_features=out_features)
-        if isinstance(radix, int):
-            pairs = _power_pairs(in_features, out_features, radix)
-        else:
-            pairs = [(r, r) if isinstance(r, int) else (int(r[0]), int(r[1])) for r in radix]
-        if not pairs:
-            raise ChainError(f"radix = {radix!r}: expected at least one factor")
+        pairs = _power_pairs(in_features, out_features, radix) if isinstance(radix, int) else _radix_pairs(radix)
         rows, columns = math.prod(b for b, _ in pairs), math.prod(c for _, c in pairs)
         if rows < out_features or columns < in_features:
             raise ChainError(
@@ -420,7 +434,7 @@ class Chain(Sequence[Pattern]):
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_integer(value) or value < 1:
             raise ChainError(f"{name} = {value!r}: expected an integer >= 1")
 
 
@@ -437,6 +451,19 @@ def _near_square(n: int) -> tuple[int, int]:
         if n // small <= 2 * small or n <= 2:
             return n // small, small
         n += 1
+
+
+def _radix_pairs(radix: Sequence[int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """One ``(b, c)`` per factor."""
+    pairs = []
+    for entry in radix if isinstance(radix, Iterable) else ():
+        pair = entry if isinstance(entry, Sequence) else (entry, entry)
+        if len(pair) != 2 or not all(_is_integer(r) and r >= 1 for r in pair):
+            raise ChainError(f"radix = {radix!r}: expected one integer or one pair (b, c) per factor, not {entry!r}")
+        pairs.append((pair[0], pair[1]))
+    if not pairs:
+        raise ChainError(f"radix = {radix!r}: expected an integer >= 2, or one integer or pair (b, c) per factor")
+    return pairs
 
 
 def _power_pairs(in_features: int, out_features: int, radix: int) -> list[tuple[int, int]]:

@@ -97,5 +97,21 @@ def check_product(
     return patterns, rows
 
 
+def check_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: str) -> Pattern:
+    """The pattern of a weight gradient; raises :class:`ShapeError` where a tensor does not fit."""
+    pattern = Pattern.of_weight(weight_shape)
+    axis = -1 if Layout(layout) is Layout.BATCH_FIRST else 0
+    for name, tensor, most in (("dy", dy, pattern.out_features), ("x", x, pattern.in_features)):
+        if tensor.dim() == 0 or tensor.shape[axis] > most:
+            raise ShapeError(
+                f"{name} of shape {tuple(tensor.shape)}: "
+                f"expected at most {most} features in dimension {axis} ({layout}) for {tuple(pattern)}"
+            )
+    batches = [tensor.shape[:-1] if axis == -1 else tensor.shape[1:] for tensor in (dy, x)]
+    if batches[0] != batches[1]:
+        raise ShapeError(f"dy of shape {tuple(dy.shape)} and x of shape {tuple(x.shape)}: expected one batch")
+    return pattern
+
+
 def _spec(patterns: Sequence[Pattern]) -> str:
     return "".join(f"({p.a},{p.b},{p.c},{p.d})" for p in patterns)

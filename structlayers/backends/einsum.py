@@ -19,4 +19,13 @@ def multiply(x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     return torch.einsum("ikln,iljk->ijln", x.reshape(a, c, d, n), weight).reshape(a * b * d, n)
 
 
-BACKEND = Backend("einsum", multiply)
+def weight_grad(dy: Tensor, x: Tensor, pattern: Pattern, layout: Layout) -> Tensor:
+    a, b, c, d = pattern
+    if layout is Layout.BATCH_FIRST:
+        n = x.shape[0]
+        return torch.einsum("nijl,nikl->iljk", dy.reshape(n, a, b, d), x.reshape(n, a, c, d)).contiguous()
+    n = x.shape[1]
+    return torch.einsum("ijln,ikln->iljk", dy.reshape(a, b, d, n), x.reshape(a, c, d, n)).contiguous()
+
+
+BACKEND = Backend("einsum", multiply, weight_grad=weight_grad)

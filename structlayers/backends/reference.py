@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from structlayers.backends import einsum
 from structlayers.backends.base import Backend
 from structlayers.problem import Layout
 from structlayers.reference import reference
@@ -15,4 +16,4 @@ def multiply(x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     return reference(x.T, weight).T
 
 
-BACKEND = Backend("reference", multiply)
+BACKEND = Backend("reference", multiply, weight_grad=einsum.weight_grad)

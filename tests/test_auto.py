@@ -1,0 +1,89 @@
+"""The choice of ``backend="auto"``: pure, deterministic and sensible."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from structlayers import KSLinear, Layout, Pattern
+from structlayers.backends import BACKENDS, available_backends, resolve
+from structlayers.backends.auto import CPU_COSTS, choose, cpu_cost_s
+from structlayers.problem import Problem
+
+LAYOUTS = tuple(Layout)
+
+
+def problem(entries, n, layout=Layout.BATCH_FIRST, dtype=torch.float32, device="cpu") -> Problem:
+    return Problem(Pattern(*entries), n, dtype, device, layout)
+
+
+GRID = [
+    problem(entries, n, layout, dtype)
+    for entries in itertools.product((1, 7, 64), (1, 5, 64), (1, 16, 100), (1, 3, 128))
+    for n, layout, dtype in itertools.product((0, 1, 100, 100_000), LAYOUTS, (torch.float32, torch.bfloat16))
+]
+
+
+def test_the_choice_can_always_run():
+    for case in GRID:
+        assert choose(case) in available_backends(case), case
+        assert resolve("auto", case) is BACKENDS[choose(case)]
+
+
+def test_the_choice_depends_on_the_problem_alone():
+    first = [choose(case) for case in GRID]
+    choose.cache_clear()
+    torch.manual_seed(1)
+    assert [choose(dataclasses.replace(case)) for case in reversed(GRID)] == first[::-1]
+
+
+def test_the_choice_is_the_cheapest_estimate():
+    for case in GRID:
+        estimates = {name: cpu_cost_s(name, case) for name in CPU_COSTS[case.layout]}
+        assert min(estimates.values()) > 0
+        assert estimates[choose(case)] == min(estimates.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_estimates_grow_with_the_batch(layout):
+    for entries, name in itertools.product([(1, 64, 16, 8), (512, 2, 2, 1), (13, 7, 7, 3)], CPU_COSTS[layout]):
+        estimates = [cpu_cost_s(name, problem(entries, n, layout)) for n in (64, 512, 4096)]
+        assert estimates == sorted(estimates)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("entries", "n", "expected"),
+    [
+        # wide blocks and long batches: the saved FLOPs decide
+        ((1, 64, 16, 8), 4096, "bmm"),
+        ((8, 16, 16, 1), 4096, "bmm"),
+        ((4, 256, 256, 1), 4096, "bmm"),
+        ((1, 2, 2, 512), 4096, "bmm"),
+        ((512, 2, 2, 1), 4096, "bmm"),
+        # a matrix of a few numbers: one call decides
+        ((2, 2, 2, 2), 1, "dense"),
+        ((2, 2, 2, 2), 4096, "dense"),
+        ((1, 4, 4, 4), 64, "dense"),
+    ],
+)
+def test_choices_where_measurements_leave_no_doubt(entries, n, expected, layout):
+    assert choose(problem(entries, n, layout)) == expected
+
+
+def test_a_large_factor_is_never_written_out():
+    for entries, n, layout in itertools.product([(64, 64, 64, 1), (1, 64, 64, 64)], (1, 64, 4096), LAYOUTS):
+        assert choose(problem(entries, n, layout)) != "dense"
+
+
+def test_other_devices_take_bmm():
+    assert choose(problem((2, 2, 2, 2), 1, device="meta")) == "bmm"
+
+
+def test_a_layer_tells_what_auto_resolved_to():
+    layer = KSLinear("(1,64,16,8)(8,16,16,1)")
+    assert layer.resolved_backends(4096) == ["bmm", "bmm"]
+    assert KSLinear("(1,64,16,8)(8,16,16,1)", backend="csr").resolved_backends(4096) == ["csr", "csr"]
