@@ -25,7 +25,7 @@ class CpuCosts:
     dense_element: float = 0.0
 
 
-# Fitted by non-negative least squares on relative errors to 45 patterns (blocks of 1 x 1 to 512 x 512, 4 to 1,024
+# Fitted by non-negative least squares on relative errors to 46 patterns (blocks of 1 x 1 to 512 x 512, 4 to 1,024
 # features, d = 1 to 512) at batches of 1, 8, 64, 512 and 4,096 in float32, torch 2.13, one thread of a Zen server CPU
 # with AVX-512. The choices take 1.06 times (geometric mean) the time of the best of the three there, 1.06 in float64
 # and 1.07 in bfloat16. Only ratios matter for the choice.

@@ -1,0 +1,7 @@
+"""Lightning data modules over local data; nothing is ever downloaded."""
+
+from structlayers.data.digits import DigitsDataModule
+from structlayers.data.fashion_mnist import FashionMNISTDataModule
+from structlayers.data.text import TextDataModule
+
+__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "TextDataModule"]
