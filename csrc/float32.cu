@@ -1,0 +1,9 @@
+#include "launch.cuh"
+
+namespace structlayers {
+
+cudaError_t launch_float32(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
+  return launch_32bit<false>(p, batch_last, tile, stream);
+}
+
+}  // namespace structlayers

@@ -1,0 +1,140 @@
+// From a tile's number to a launch. Included once per element type.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+
+#include "batch_first_hopper.cuh"
+#include "batch_last.cuh"
+#include "small_blocks.cuh"
+#include "tiles.h"
+
+namespace structlayers {
+
+inline int multiprocessors() {
+  static int counts[64] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  int& count = counts[device % 64];
+  if (count == 0) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// More than 48 KB of dynamic shared memory must be asked for once per kernel and device.
+template <auto Kernel, typename... Arguments>
+cudaError_t launch(int shared_bytes, int threads, int64_t tiles, int per_multiprocessor, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (tiles > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+  static std::mutex mutex;
+  static uint64_t ready = 0;
+  int device = 0;
+  cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!(ready & bit)) {
+      const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      if (error != cudaSuccess) {
+        cudaGetLastError();
+        return error;
+      }
+      ready |= bit;
+    }
+  }
+  const int64_t resident = int64_t{multiprocessors()} * per_multiprocessor;
+  Kernel<<<static_cast<unsigned>(std::min(tiles, resident)), threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+template <typename Tile>
+cudaError_t launch_batch_first(const Product& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * ceil_div(p.d, Tile::DL) * ceil_div(p.b, Tile::TJ);
+  static_assert(Tile::SharedBytes <= 227 * 1024);
+  return launch<batch_first_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+}
+
+// wgmma is in the binary where it was built for sm_90a (setup.py defines STRUCTLAYERS_SM90A), and runs on 9.0 alone.
+inline bool has_wgmma() {
+#ifdef STRUCTLAYERS_SM90A
+  static int majors[64] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  int& major = majors[device % 64];
+  if (major == 0) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+#else
+  return false;
+#endif
+}
+
+template <typename Tile>
+cudaError_t launch_hopper(const Product& p, cudaStream_t stream) {
+  if (!has_wgmma()) return cudaErrorInvalidDeviceFunction;
+  const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * ceil_div(p.d, Tile::DL) * ceil_div(p.b, Tile::TJ);
+  static_assert(Tile::SharedBytes <= 227 * 1024);
+  return launch<batch_first_hopper_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+}
+
+template <typename Tile>
+cudaError_t launch_batch_last(const Product& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * p.d * ceil_div(p.b, Tile::TJ);
+  static_assert(Tile::SharedBytes <= 227 * 1024);
+  return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+}
+
+template <typename T, bool BatchLast>
+cudaError_t launch_small_blocks(const Product& p, cudaStream_t stream) {
+  const int64_t groups = BatchLast ? ceil_div(p.n, 128) * 32 : ceil_div(p.n, 4);
+  const int64_t tiles = ceil_div(groups * p.a * p.d, 256);
+  if (p.c <= 2) return launch<small_blocks_kernel<T, 2, BatchLast>>(0, 256, tiles, 8, stream, p);
+  if (p.c <= 4) return launch<small_blocks_kernel<T, 4, BatchLast>>(0, 256, tiles, 8, stream, p);
+  if (p.c <= 8) return launch<small_blocks_kernel<T, 8, BatchLast>>(0, 256, tiles, 4, stream, p);
+  if (p.c <= 16) return launch<small_blocks_kernel<T, 16, BatchLast>>(0, 256, tiles, 4, stream, p);
+  return cudaErrorInvalidValue;
+}
+
+// Batch-first: DL, LW, warps along n and j, warp tile n x j, bytes of K per step, stages of w, parts of y.
+// Batch-last: warps along j and n, warp tile j x n, bytes of K per step, stages.
+template <typename T>
+cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
+  switch (tile) {
+    case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 4, 2, 64, 64, 128, 3, 1>>(p, stream);
+    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
+    case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, false, 2, 2, 2, 4, 64, 32, 64, 3, 1>>(p, stream);
+    case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 1, 4, 64, 32, 64, 3, 1>>(p, stream);
+    case kBatchFirst4Tall: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 2, 2, 64, 32, 64, 3, 1>>(p, stream);
+    case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, false, 8, 2, 1, 2, 64, 32, 64, 3, 2>>(p, stream);
+    case kBatchFirst16: return launch_batch_first<BatchFirstTile<T, false, 16, 2, 1, 1, 32, 64, 64, 2, 4>>(p, stream);
+    // DL, TN, bytes of K per step, stages of raw x, stages of w, parts of y.
+    case kHopper1: return launch_hopper<HopperTile<T, 1, 256, 128, 4, 4, 4>>(p, stream);
+    case kHopper2: return launch_hopper<HopperTile<T, 2, 256, 64, 3, 3, 4>>(p, stream);
+    case kHopper4: return launch_hopper<HopperTile<T, 4, 128, 64, 3, 2, 4>>(p, stream);
+    case kHopper8: return launch_hopper<HopperTile<T, 8, 64, 32, 5, 3, 2>>(p, stream);
+    case kHopper16: return launch_hopper<HopperTile<T, 16, 32, 32, 4, 3, 4>>(p, stream);
+    case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
+    case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <bool Split>
+cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
+  using T = float;
+  switch (tile) {
+    case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
+    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
+    case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
+    case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
+    case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 32, 32, 64, 4>>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace structlayers

@@ -1,0 +1,129 @@
+// Registers the compiled kernels with PyTorch through its stable ABI. Schemas, checks and gradients live in Python
+// (structlayers/ops.py, structlayers/backends/cuda.py); here a tensor becomes a Product and a tile number a launch.
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "tiles.h"
+
+namespace structlayers {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error("structlayers: " + message);
+}
+
+// libtorch_cuda is already loaded when a CUDA tensor exists; looking the symbol up there keeps the build free of it.
+cudaStream_t current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    require(symbol != nullptr, "this PyTorch has no aoti_torch_get_current_cuda_stream: expected a CUDA build, 2.11 or later");
+    return reinterpret_cast<Get>(symbol);
+  }();
+  void* stream = nullptr;
+  require(get(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream on CUDA device " + std::to_string(device));
+  return static_cast<cudaStream_t>(stream);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// x (N, in) or, batch-last, (in, N), the last dimension with stride 1; weight (a, d, b, c) contiguous; bias (out,) or none.
+// Returns (N, out) or (out, N), contiguous.
+Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                    bool batch_last, int64_t activation, bool split, int64_t tile) {
+  require(x.is_cuda() && x.dim() == 2 && weight.dim() == 4, "cuda_product expects a CUDA matrix and a weight (a, d, b, c)");
+  require(weight.is_contiguous(), "cuda_product expects a contiguous weight");
+  const int64_t a = weight.size(0), d = weight.size(1), b = weight.size(2), c = weight.size(3);
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  require(a * b * d <= most && a * c * d <= most, "more than 2^31 - 1 features");
+  const int64_t in_features = x.size(batch_last ? 0 : 1), n = x.size(batch_last ? 1 : 0);
+  require(in_features <= a * c * d && out_features <= a * b * d, "more features than the factor has");
+  require(x.size(1) <= 1 || x.stride(1) == 1, "cuda_product expects stride 1 in the last dimension of x");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  const int64_t sizes[2] = {batch_last ? out_features : n, batch_last ? n : out_features};
+  const int64_t strides[2] = {sizes[1], 1};
+  int32_t dtype = 0, device_type = 0;
+  aoti_torch_get_dtype(x.get(), &dtype);
+  aoti_torch_get_device_type(x.get(), &device_type);
+  AtenTensorHandle handle = nullptr;
+  require(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle) == AOTI_TORCH_SUCCESS,
+          "could not allocate an output of " + std::to_string(sizes[0]) + " x " + std::to_string(sizes[1]));
+  Tensor y(handle);
+  if (n == 0) return y;
+
+  Product p{};
+  p.x = x.data_ptr();
+  p.w = weight.data_ptr();
+  p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
+  p.y = y.data_ptr();
+  p.n = n;
+  p.x_stride = x.stride(0);
+  p.y_stride = strides[0];
+  p.in_features = in_features;
+  p.out_features = out_features;
+  p.a = static_cast<int>(a);
+  p.b = static_cast<int>(b);
+  p.c = static_cast<int>(c);
+  p.d = static_cast<int>(d);
+  p.activation = static_cast<int>(activation);
+
+  const ScalarType type = x.scalar_type();
+  const int64_t e = type == ScalarType::Float ? 4 : 8;  // elements in 16 bytes
+  p.w_aligned = aligned(p.w) && c % e == 0;
+  if (batch_last) {
+    p.x_aligned = aligned(p.x) && p.x_stride % e == 0;
+    p.y_aligned = aligned(p.y) && p.y_stride % e == 0;
+  } else {
+    p.x_aligned = aligned(p.x) && p.x_stride % e == 0 && (a == 1 || c * d % e == 0);
+    p.y_aligned = aligned(p.y) && p.y_stride % e == 0 && (a == 1 || b * d % e == 0);
+  }
+  const cudaStream_t stream = current_stream(device);
+  cudaError_t error = cudaErrorInvalidValue;
+  if (type == ScalarType::Float) {
+    error = split ? launch_float32_split(p, batch_last, tile, stream) : launch_float32(p, batch_last, tile, stream);
+  } else if (type == ScalarType::Half) {
+    error = launch_float16(p, batch_last, tile, stream);
+  } else if (type == ScalarType::BFloat16) {
+    error = launch_bfloat16(p, batch_last, tile, stream);
+  } else {
+    require(false, "cuda_product knows float32, float16 and bfloat16");
+  }
+  require(error == cudaSuccess, "tile " + std::to_string(tile) + " of pattern (" + std::to_string(a) + "," + std::to_string(b) +
+                                    "," + std::to_string(c) + "," + std::to_string(d) + ") did not start: " +
+                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  return y;
+}
+
+}  // namespace
+}  // namespace structlayers
+
+// Whether the binary holds code for Hopper's wgmma; read by structlayers/_extension.py.
+extern "C" int structlayers_built_for_sm90a() {
+#ifdef STRUCTLAYERS_SM90A
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(structlayers, CUDA, library) {
+  library.impl("cuda_product", TORCH_BOX(&structlayers::cuda_product));
+}

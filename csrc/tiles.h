@@ -1,0 +1,35 @@
+// The compiled tiles, by the number that structlayers/backends/tiles.py gives them. One launch function per element type,
+// each in a file of its own, so that they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "product.h"
+
+namespace structlayers {
+
+enum TileId : int {
+  kSmallBlocks = 0,
+  kBatchFirst1 = 1,       // DL = 1: d = 1, or scattered reads
+  kBatchFirst1Short = 2,  // DL = 1, few rows
+  kBatchFirst2 = 3,
+  kBatchFirst4 = 4,       // DL = 4, wide in j
+  kBatchFirst4Tall = 5,   // DL = 4, wide in n
+  kBatchFirst8 = 6,
+  kBatchFirst16 = 7,
+  kBatchLast = 8,
+  kBatchLastNarrow = 9,   // small b
+  kHopper1 = 10,          // wgmma, 16-bit, batch-first, sm_90a; DL as in the name
+  kHopper2 = 11,
+  kHopper4 = 12,
+  kHopper8 = 13,
+  kHopper16 = 14,
+};
+
+// Launches on `stream` on the current device. Returns an error of the launch; cudaErrorInvalidValue for an unknown tile.
+cudaError_t launch_float32(const Product& p, bool batch_last, int tile, cudaStream_t stream);
+cudaError_t launch_float32_split(const Product& p, bool batch_last, int tile, cudaStream_t stream);
+cudaError_t launch_float16(const Product& p, bool batch_last, int tile, cudaStream_t stream);
+cudaError_t launch_bfloat16(const Product& p, bool batch_last, int tile, cudaStream_t stream);
+
+}  // namespace structlayers
