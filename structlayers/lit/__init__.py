@@ -1,0 +1,6 @@
+"""Training with Lightning: the module, its callbacks and logger, checkpoints, and the table that closes a run."""
+
+from structlayers.lit.checkpoint import AtomicCheckpointIO, check_matches, read_checkpoint
+from structlayers.lit.module import LitModule
+
+__all__ = ["AtomicCheckpointIO", "LitModule", "check_matches", "read_checkpoint"]

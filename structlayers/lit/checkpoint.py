@@ -1,0 +1,98 @@
+"""Training checkpoints: written whole or not at all, and read with errors that say what is wrong with the file."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from structlayers.errors import CheckpointError
+
+_FACTOR = re.compile(r"(.*)\.factors\.(\d+)$")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place and move it there: a kill at any moment leaves the previous one intact.
+
+    Lightning's own writer goes through the system's temporary folder, which is a copy, not a move, where that folder
+    is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ``train.py`` onto the CPU.
+
+    Keys used here: ``state_dict`` (names start with ``model.``) and ``hyper_parameters`` (``task``, ``model_args`` and
+    ``config``, the resolved configuration, all plain Python). Raises ``CheckpointError`` if the file is absent, cut
+    short, or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint such as <run folder>/checkpoints/last.ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises many types here, according to where the file ends.
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint of train.py ({path.stat().st_size:,} bytes; truncated or another "
+            f"kind of file): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    expected = {"state_dict", "hyper_parameters"}
+    found = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    if not expected <= found or "config" not in checkpoint["hyper_parameters"]:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py: expected state_dict and hyper_parameters with a config, found "
+            f"{', '.join(sorted(map(str, found))) or type(checkpoint).__name__}"
+        )
+    return checkpoint
+
+
+def check_matches(checkpoint: dict[str, Any], model: nn.Module, path: str | Path) -> None:
+    """Raise ``CheckpointError``, naming the chains or shapes that differ, unless the weights fit ``model`` exactly."""
+    ours = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    ours_named, theirs_named = _by_layer(ours), _by_layer(theirs)
+    chains_first = sorted(ours_named.keys() | theirs_named.keys(), key=lambda name: (not name.endswith(" chain"), name))
+    differing = [
+        f"{name}: {theirs_named.get(name, 'absent')} in the checkpoint, {ours_named.get(name, 'absent')} in the model"
+        for name in chains_first
+        if ours_named.get(name) != theirs_named.get(name)
+    ]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise CheckpointError(f"{path}: belongs to another model or structure: {'; '.join(differing[:3])}{more}")
+
+
+def _by_layer(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """Text of each weight's shape, where the factors of one layer are put together as their chain."""
+    named: dict[str, str] = {}
+    for name, shape in shapes.items():
+        factor = _FACTOR.match(name)
+        if factor and len(shape) == 4:
+            a, d, b, c = shape
+            layer = f"{factor[1].removeprefix('model.')} chain"
+            named[layer] = named.get(layer, "") + f"({a},{b},{c},{d})"
+        else:
+            named[name.removeprefix("model.")] = str(shape)
+    return named

@@ -1,0 +1,72 @@
+"""Loggers: a CSV file that a resumed run continues, and Weights & Biases when it is installed."""
+
+import csv
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from structlayers.errors import ConfigError
+
+
+class CSVLogger(Logger):
+    """Write ``<folder>/metrics.csv``: one row per call, on disk at once, empty where a metric was not logged.
+
+    Rows already there are kept, which Lightning's own CSV logger does not do in a folder that has files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder has ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if not set(row) <= set(self._columns):
+            self._widen(row)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _widen(self, row: Mapping[str, Any]) -> None:
+        """Rewrite the file with the columns of ``row`` added."""
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._columns = list(reader.fieldnames or ())
+                rows = list(reader)
+        self._columns = list(dict.fromkeys([*self._columns, *row]))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+def wandb_logger(**options: Any) -> WandbLogger:
+    """Lightning's ``WandbLogger``; ``ConfigError`` if the package is absent."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logger=wandb needs the package wandb: pip install wandb, or choose logger=csv")
+    return WandbLogger(**options)

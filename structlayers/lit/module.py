@@ -1,0 +1,177 @@
+"""The Lightning module: one loss, two tasks, AdamW with warm-up and cosine."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from structlayers.errors import ConfigError
+from structlayers.optim import param_groups
+
+TASKS = ("classification", "language_modelling")
+
+
+def warmup_cosine(total_steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear over ``warmup * total_steps``, then a cosine to ``final_lr``.
+
+    Both ``warmup`` (share of the steps) and ``final_lr`` (share of the rate) lie in [0, 1]; after ``total_steps`` the
+    factor stays at ``final_lr``.
+    """
+    warmup_steps = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+class LitModule(pl.LightningModule):
+    """Cross-entropy training of ``model`` on batches ``(x, y)``.
+
+    ``model(x)`` returns logits: ``(B, classes)`` with ``y`` ``(B,)`` for "classification", ``(B, T, vocabulary)`` with
+    ``y`` ``(B, T)`` for "language_modelling" over bytes. Logged: ``train/loss``, ``train/lr``; ``val/`` and ``test/``
+    ``loss`` (nats, without label smoothing) and ``accuracy``, or ``perplexity`` and ``bits_per_byte``.
+
+    ``hyperparameters`` must be plain Python (dicts, lists, strings, numbers): it goes into the checkpoint as it is,
+    and a checkpoint with anything else in it does not load with ``weights_only=True``.
+    Raises ``ConfigError`` for an unknown task or a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        rule: str = "structure",
+        base_width: int | None = None,
+        input_layers: Sequence[str] = (),
+        no_decay: Sequence[str] = (),
+        warmup: float = 0.05,
+        final_lr: float = 0.0,
+        schedule_steps: int | None = None,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        compile: bool = False,
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if task not in TASKS:
+            raise ConfigError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+        for name, value in (("warmup", warmup), ("final_lr", final_lr), ("label_smoothing", label_smoothing)):
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ConfigError(f"{name} is {value!r}; expected a share between 0 and 1")
+        if not (isinstance(lr, int | float) and lr > 0):
+            raise ConfigError(f"lr is {lr!r}; expected a number above 0")
+        if schedule_steps is not None and not (isinstance(schedule_steps, int) and schedule_steps > 0):
+            raise ConfigError(f"schedule_steps is {schedule_steps!r}; expected at least 1, or null")
+        self.save_hyperparameters(dict(hyperparameters or {}))
+        self.model = model
+        self.task = task
+        self.lr, self.betas = lr, (betas[0], betas[1])
+        self.group_options: dict[str, Any] = {
+            "rule": rule,
+            "weight_decay": weight_decay,
+            "base_width": base_width,
+            "input_layers": input_layers,
+            "no_decay": no_decay,
+        }
+        self.warmup, self.final_lr, self.schedule_steps = warmup, final_lr, schedule_steps
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.val_loss, self.val_hits, self.test_loss, self.test_hits = (MeanMetric() for _ in range(4))
+        if compile:
+            # In place: a wrapper would put `_orig_mod` into the names of the weights.
+            model.compile()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout depends on the seed and the batch only, so a resumed run draws what an uninterrupted one draws.
+        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        seed = (self.seed * 1_000_003 + batches) * self.trainer.world_size + self.global_rank
+        # Not torch.manual_seed, which is 60 times slower: it looks for devices to seed.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.model(x)
+        loss = cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=self.label_smoothing)
+        # Logging costs more than a step of a small model: only call it where the trainer writes a row.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self.log("train/loss", loss.detach())
+            self.log("train/lr", self.lr * self._factor(self.global_step))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation(self.val_loss, self.val_hits)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation(self.test_loss, self.test_hits)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss, self.val_hits)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_loss, self.test_hits)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val", self.val_loss, self.val_hits)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", self.test_loss, self.test_hits)
+
+    def _begin_evaluation(self, *metrics: MeanMetric) -> None:
+        for metric in metrics:
+            # With precision 16-true or bf16-true the trainer has made the sums 16-bit as well.
+            metric.set_dtype(torch.float32)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanMetric, hits: MeanMetric) -> None:
+        x, y = batch
+        logits = self.model(x)
+        loss.update(cross_entropy(logits.flatten(0, -2).float(), y.flatten()), y.numel())
+        if self.task == "classification":
+            hits.update((logits.argmax(-1) == y).float())
+
+    def _log_evaluation(self, stage: str, loss: MeanMetric, hits: MeanMetric) -> None:
+        nats = loss.compute()
+        values = {"loss": nats}
+        if self.task == "classification":
+            values["accuracy"] = hits.compute()
+        else:
+            values |= {"perplexity": nats.exp(), "bits_per_byte": nats / math.log(2)}
+        # Already summed over the processes by torchmetrics.
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        loss.reset()
+        hits.reset()
+
+    def configure_optimizers(self) -> Any:
+        steps = self.schedule_steps or self.trainer.estimated_stepping_batches
+        # Counting made the training loader, before a resumed run's place in it is restored: have it made again.
+        self.trainer.fit_loop._combined_loader = None
+        if not math.isfinite(steps) or steps <= 0:
+            raise ConfigError(
+                f"the learning-rate schedule has {steps} steps; set trainer.max_epochs, trainer.max_steps or "
+                "optim.schedule_steps"
+            )
+        self._factor = warmup_cosine(int(steps), self.warmup, self.final_lr)
+        groups = param_groups(self.model, self.lr, **self.group_options)
+        # One kernel for all weights. Lightning refuses to clip gradients of a fused optimizer under mixed precision.
+        fused = not str(self.trainer.precision).endswith("mixed")
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,103 @@
+"""The table that closes a run: sizes, FLOPs, test metrics, and whether "structured" is the truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from structlayers.nn import KSLinear
+
+METRICS = {
+    "accuracy": "test accuracy",
+    "loss": "test loss (nats)",
+    "perplexity": "test perplexity",
+    "bits_per_byte": "test bits per byte",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one training ended with. ``kept`` is None where no layer was replaced."""
+
+    name: str
+    seed: int
+    n_parameters: int
+    flops_per_sample: int
+    n_swapped: int
+    kept: float | None
+    disguised: tuple[str, ...]
+    metrics: dict[str, float]
+    wall_s: float
+    checkpoint: str
+
+
+def example_input(task: str, model_args: dict[str, Any]) -> Tensor:
+    """One sample for a model: zeros ``(1, *input_shape)``, or tokens ``(1, context_length)``."""
+    if task == "classification":
+        return torch.zeros(1, *model_args["input_shape"])
+    return torch.zeros(1, model_args["context_length"], dtype=torch.long)
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, x: Tensor) -> int:
+    """FLOPs of one forward pass, as torch counts them: two per multiply-add of the matrix products."""
+    training = model.training
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def disguised_chains(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers whose chain can express any matrix, and so saves nothing but in name."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, KSLinear))
+    return tuple(name for name, layer in layers if layer.chain.is_dense_in_disguise)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: first column to the left, the others to the right, a line under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def summarise(runs: Sequence[RunResult]) -> str:
+    """The closing table, a column for each name (in order of appearance), then where the checkpoints are.
+
+    Metrics and times are means over the runs of a name; each seed's value is shown where there are several.
+    """
+    columns = {run.name: [other for other in runs if other.name == run.name] for run in runs}
+    seeds = len(runs) // len(columns)
+    first = [column[0] for column in columns.values()]
+    rows = [
+        ["" if seeds == 1 else f"mean of {seeds} seeds", *columns],
+        ["parameters", *(f"{run.n_parameters:,}" for run in first)],
+        ["replaced linears keep", *("-" if run.kept is None else f"{run.kept:.1%}" for run in first)],
+        ["chains dense in disguise", *(_disguised(run) for run in first)],
+        ["FLOPs per sample (forward)", *(f"{run.flops_per_sample:,}" for run in first)],
+    ]
+    for key, label in METRICS.items():
+        if key in first[0].metrics:
+            show = "{:.2%}".format if key == "accuracy" else "{:.4f}".format
+            values = [[run.metrics[key] for run in column] for column in columns.values()]
+            rows.append([label, *(show(mean(column)) for column in values)])
+            if seeds > 1:
+                rows.append(["  of each seed", *(" ".join(map(show, column)) for column in values)])
+    rows.append(["wall time", *(f"{mean(run.wall_s for run in column):.1f} s" for column in columns.values())])
+    lines = [format_table(rows), ""]
+    lines += [f"checkpoint ({run.name}, seed {run.seed}): {run.checkpoint}" for run in runs]
+    return "\n".join(lines)
+
+
+def _disguised(run: RunResult) -> str:
+    if not run.n_swapped:
+        return "-"
+    return f"{len(run.disguised)} of {run.n_swapped}" + (f": {', '.join(run.disguised)}" if run.disguised else "")

@@ -1,0 +1,148 @@
+"""The Lightning module: schedule, metrics, optimizer, what it stores, and its mistakes."""
+
+import itertools
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from structlayers.errors import ConfigError
+from structlayers.lit import LitModule
+from structlayers.lit.module import warmup_cosine
+
+
+def trainer(**options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet, **options)
+
+
+def test_schedule():
+    factor = warmup_cosine(100, warmup=0.1, final_lr=0.2)
+    values = [factor(step) for step in range(120)]
+    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert values[10] == 1.0
+    assert values[55] == pytest.approx(0.6)
+    assert values[100:] == [0.2] * 20
+    assert all(later < earlier for earlier, later in itertools.pairwise(values[10:101]))
+
+
+def test_schedule_without_warmup_starts_at_the_full_rate():
+    assert warmup_cosine(10, warmup=0.0, final_lr=0.0)(0) == 1.0
+
+
+class Fixed(nn.Module):
+    """Logits that do not depend on the input; one parameter, for the optimizer."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x):
+        return self.logits.expand(*x.shape[: x.ndim - 1 if x.is_floating_point() else x.ndim], -1)
+
+
+def test_classification_metrics_weigh_every_example_once():
+    logits = torch.tensor([2.0, 0.0, 1.0])
+    y = torch.tensor([0, 0, 1, 2, 0])
+    # Batches of 3 and 2, so a mean of the batches' means would be wrong.
+    loader = DataLoader(TensorDataset(torch.zeros(5, 4), y), batch_size=3)
+    module = LitModule(Fixed(logits), "classification", lr=1.0, label_smoothing=0.3)
+    [metrics] = trainer().test(module, loader, verbose=False)
+    assert metrics["test/accuracy"] == pytest.approx(3 / 5)
+    assert metrics["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits.expand(5, 3), y).item())
+
+
+def test_metrics_are_exact_in_16_bit_precision():
+    y = (torch.arange(1000) >= 601).long()
+    loader = DataLoader(TensorDataset(torch.zeros(1000, 4), y), batch_size=10)
+    module = LitModule(Fixed(torch.tensor([1.0, 0.0])), "classification", lr=1.0)
+    [metrics] = trainer(precision="bf16-true").test(module, loader, verbose=False)
+    assert metrics["test/accuracy"] == pytest.approx(0.601, abs=1e-6)
+
+
+def test_language_modelling_metrics():
+    # Uniform over 16 of 256 bytes: 4 bits.
+    logits = torch.full((256,), -math.inf)
+    logits[:16] = 0
+    x = torch.randint(16, (6, 8))
+    module = LitModule(Fixed(logits), "language_modelling", lr=1.0)
+    [metrics] = trainer().test(module, DataLoader(TensorDataset(x, x), batch_size=4), verbose=False)
+    assert metrics["test/bits_per_byte"] == pytest.approx(4.0)
+    assert metrics["test/perplexity"] == pytest.approx(16.0, rel=1e-5)
+    assert metrics["test/loss"] == pytest.approx(math.log(16))
+    assert "test/accuracy" not in metrics
+
+
+def test_learning_rate_follows_the_schedule():
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, *_):
+            self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    rates = Rates()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    module = LitModule(model, "classification", lr=0.1, warmup=0.5, final_lr=0.1, weight_decay=0.1)
+    loader = DataLoader(TensorDataset(torch.randn(12, 4), torch.randint(3, (12,))), batch_size=3)
+    trainer(max_epochs=2, callbacks=[rates]).fit(module, loader)
+    factor = warmup_cosine(8, 0.5, 0.1)
+    assert len(rates.seen) == 8
+    for step, seen in enumerate(rates.seen):
+        assert seen == pytest.approx([0.1 * factor(step)] * len(seen))
+
+
+def test_schedule_length_can_be_given():
+    module = LitModule(Fixed(torch.zeros(3)), "classification", lr=1.0, warmup=0.0, schedule_steps=10)
+    module.trainer = trainer(max_steps=4)
+    scheduler = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert scheduler.lr_lambdas[0](5) == pytest.approx(0.5)
+
+
+def test_gradients_are_clipped_in_mixed_precision():
+    loader = DataLoader(TensorDataset(torch.randn(12, 4), torch.randint(3, (12,))), batch_size=3)
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+    module = LitModule(model, "classification", lr=0.1)
+    trainer(max_epochs=1, precision="bf16-mixed", gradient_clip_val=1.0).fit(module, loader)
+    assert not torch.equal(model.weight, before)
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_names_of_weights_do_not_depend_on_compile(compiled):
+    module = LitModule(nn.Sequential(nn.Linear(2, 2)), "classification", lr=1.0, compile=compiled)
+    assert list(module.state_dict()) == ["model.0.weight", "model.0.bias"]
+
+
+def test_hyperparameters_are_what_was_given():
+    given = {"task": "classification", "config": {"model": {"width": 3}, "list": [1, "a", None]}}
+    module = LitModule(nn.Linear(2, 2), "classification", lr=1.0, hyperparameters=given)
+    assert dict(module.hparams) == given
+    assert type(module.hparams["config"]) is dict
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "regression"}, "'regression'.*classification, language_modelling"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"warmup": 5}, "warmup is 5"),
+        ({"final_lr": -0.1}, "final_lr is -0.1"),
+        ({"label_smoothing": 2}, "label_smoothing is 2"),
+        ({"schedule_steps": -5}, "schedule_steps is -5"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LitModule(nn.Linear(2, 2), **({"task": "classification", "lr": 1.0} | options))
+
+
+def test_endless_training_needs_the_length_of_the_schedule():
+    module = LitModule(nn.Linear(2, 2), "classification", lr=1.0)
+    module.trainer = trainer(max_epochs=-1)
+    with pytest.raises(ConfigError, match=r"optim\.schedule_steps"):
+        module.configure_optimizers()

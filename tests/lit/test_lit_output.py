@@ -1,0 +1,141 @@
+"""What a run writes and shows: metrics.csv, the progress bar, the closing table."""
+
+import csv
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from structlayers import Chain, KSLinear
+from structlayers.lit import LitModule
+from structlayers.lit.callbacks import ProgressBar
+from structlayers.lit.loggers import CSVLogger
+from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, format_table, summarise
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_rows_are_on_disk_at_once_and_columns_may_come_later(tmp_path):
+    logger = CSVLogger(str(tmp_path / "run"))
+    logger.log_metrics({"train/loss": 1.5}, step=0)
+    assert rows_of(logger.path) == [{"step": "0", "train/loss": "1.5"}]
+    logger.log_metrics({"val/loss": 2.5}, step=0)
+    logger.log_metrics({"train/loss": 0.5}, step=1)
+    assert rows_of(logger.path) == [
+        {"step": "0", "train/loss": "1.5", "val/loss": ""},
+        {"step": "0", "train/loss": "", "val/loss": "2.5"},
+        {"step": "1", "train/loss": "0.5", "val/loss": ""},
+    ]
+
+
+def test_csv_of_a_resumed_run_is_continued(tmp_path):
+    CSVLogger(str(tmp_path)).log_metrics({"train/loss": 1.5, "epoch": 0}, step=0)
+    resumed = CSVLogger(str(tmp_path))
+    resumed.log_metrics({"epoch": 1, "val/loss": 0.5}, step=1)
+    assert rows_of(resumed.path) == [
+        {"step": "0", "train/loss": "1.5", "epoch": "0", "val/loss": ""},
+        {"step": "1", "train/loss": "", "epoch": "1", "val/loss": "0.5"},
+    ]
+
+
+def test_progress_bar_counts_samples(capsys):
+    loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.randint(3, (40,))), batch_size=10)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[ProgressBar(log_every_s=0)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(LitModule(nn.Linear(4, 3), "classification", lr=0.1), loader, loader)
+    shown = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert re.search(r"120/120 \[.*samples/s, epoch=3, val/loss=\d\.\d+, val/accuracy=", shown[-1])
+    assert any(re.search(r"60.0/120 .*samples/s, epoch=1, loss=\d\.\d+, val/loss=", line) for line in shown)
+
+
+def test_flops_of_dense_and_structured_layers():
+    chain = Chain.monarch(64, 64, blocks=8)
+    x = torch.zeros(1, 64)
+    assert count_flops(nn.Linear(64, 32), x) == 2 * 64 * 32
+    assert count_flops(KSLinear(chain), x) == chain.flops(1)
+
+
+def test_flops_leave_the_mode_of_the_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    count_flops(model, torch.zeros(1, 4))
+    assert model.training
+
+
+def test_disguised_chains_are_named():
+    model = nn.ModuleDict(
+        {"honest": KSLinear(Chain.monarch(64, 64, blocks=8)), "disguised": KSLinear(Chain.dense(4, 4))}
+    )
+    assert disguised_chains(model) == ("disguised",)
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "shape", "dtype"),
+    [
+        ("classification", {"input_shape": (1, 8, 8), "num_classes": 10}, (1, 1, 8, 8), torch.float32),
+        ("language_modelling", {"vocab_size": 256, "context_length": 16}, (1, 16), torch.int64),
+    ],
+)
+def test_example_input(task, args, shape, dtype):
+    x = example_input(task, args)
+    assert x.shape == shape
+    assert x.dtype == dtype
+
+
+def test_format_table():
+    assert format_table([["a", "b"], ["long", "1"]]) == "a     b\n-------\nlong  1"
+
+
+def result(name, seed, accuracy, **options):
+    defaults = {"n_parameters": 1234, "flops_per_sample": 5678, "n_swapped": 3, "kept": 0.25, "disguised": ()}
+    rest = {"metrics": {"accuracy": accuracy, "loss": 0.5}, "wall_s": 10.0, "checkpoint": f"{name}/{seed}/best.ckpt"}
+    return RunResult(name=name, seed=seed, **{**defaults, **rest, **options})
+
+
+def test_summary_of_one_run():
+    text = summarise([result("monarch", 0, 0.975)])
+    assert re.search(r"^ +monarch$", text, re.MULTILINE)
+    for label, value in {
+        "parameters": "1,234",
+        "replaced linears keep": "25.0%",
+        "chains dense in disguise": "0 of 3",
+        r"FLOPs per sample \(forward\)": "5,678",
+        "test accuracy": "97.50%",
+        r"test loss \(nats\)": "0.5000",
+        "wall time": "10.0 s",
+    }.items():
+        assert re.search(rf"^{label} +{value}$", text, re.MULTILINE), label
+    assert text.endswith("checkpoint (monarch, seed 0): monarch/0/best.ckpt")
+
+
+def test_summary_beside_dense_over_seeds():
+    dense = {"kept": None, "n_swapped": 0, "n_parameters": 9999}
+    text = summarise(
+        [
+            result("monarch", 0, 0.97, wall_s=10.0),
+            result("monarch", 1, 0.99, wall_s=20.0),
+            result("dense", 0, 0.98, **dense),
+            result("dense", 1, 1.0, **dense),
+        ]
+    )
+    assert re.search(r"^mean of 2 seeds +monarch +dense$", text, re.MULTILINE)
+    assert re.search(r"^test accuracy +98.00% +99.00%$", text, re.MULTILINE)
+    assert re.search(r"^  of each seed +97.00% 99.00% +98.00% 100.00%$", text, re.MULTILINE)
+    assert re.search(r"^replaced linears keep +25.0% +-$", text, re.MULTILINE)
+    assert re.search(r"^wall time +15.0 s +10.0 s$", text, re.MULTILINE)
+    assert text.count("checkpoint (") == 4
+
+
+def test_summary_names_disguised_chains():
+    assert "1 of 3: hidden.0" in summarise([result("monarch", 0, 0.9, disguised=("hidden.0",))])

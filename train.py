@@ -1,0 +1,127 @@
+"""Train a model whose dense layers are factor chains: ``python train.py [group=file ...] [key=value ...]``.
+
+The run folder gets config.yaml, checkpoints/best.ckpt and last.ckpt, and metrics.csv. ``python train.py --help`` lists
+what can be overridden; the files under configs/ say what it means.
+"""
+
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from structlayers.build import build_model
+from structlayers.cli import entry_point
+from structlayers.errors import ConfigError
+from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, read_checkpoint
+from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
+
+say = rank_zero_only(print)
+
+
+def train(cfg: DictConfig, name: str) -> RunResult:
+    """One training from a composed configuration, and the test of its best checkpoint."""
+    checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+    pl.seed_everything(cfg.seed, verbose=False)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    data = instantiate(cfg.data)
+    # Here already, so that absent data end the run before it has written anything.
+    data.setup("fit")
+    model_args = data.model_args()
+    model, report = build_model(config["model"], config["structure"], model_args, backend=cfg.backend)
+    if checkpoint:
+        check_matches(checkpoint, model, cfg.ckpt_path)
+    flops = count_flops(model, example_input(data.task, model_args))
+    stored = {"task": data.task, "model_args": model_args, "config": config}
+    options = {"seed": cfg.seed, "compile": cfg.compile, "hyperparameters": stored}
+    try:
+        module = LitModule(model, data.task, **config["optim"], **options)
+    except TypeError as error:
+        raise ConfigError(f"optim: {error}") from error
+    callbacks = {key: instantiate(callback) for key, callback in cfg.callbacks.items()}
+    if not cfg.trainer.enable_progress_bar:
+        callbacks.pop("progress_bar", None)
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(callbacks.values()),
+        logger=[instantiate(logger) for logger in cfg.logger.values()],
+        plugins=[AtomicCheckpointIO()],
+    )
+    folder = Path(cfg.output_dir)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    say(f"\n{name}, seed {cfg.seed}: {folder}", report if report.swapped else "", sep="\n", flush=True)
+
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+    [metrics] = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+    return RunResult(
+        name=name,
+        seed=cfg.seed,
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flops_per_sample=flops,
+        n_swapped=len(report.swapped),
+        kept=report.kept if report.swapped else None,
+        disguised=disguised_chains(model),
+        metrics={key.removeprefix("test/"): value for key, value in metrics.items()},
+        wall_s=time.perf_counter() - start,
+        checkpoint=best or "none written",
+    )
+
+
+def runs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """The trainings that a configuration asks for: its own in the run folder, further ones in folders below it."""
+    for key, expected, ok in (
+        ("compare", "dense or null", cfg.compare in (None, "dense")),
+        ("seeds", "a number of seeds, at least 1", isinstance(cfg.seeds, int) and cfg.seeds >= 1),
+        ("seed", "an integer of at least 0", isinstance(cfg.seed, int) and cfg.seed >= 0),
+        ("compile", "true or false", isinstance(cfg.compile, bool)),
+        ("threads", "at least 1, or null", cfg.threads is None or (isinstance(cfg.threads, int) and cfg.threads >= 1)),
+    ):
+        if not ok:
+            raise ConfigError(f"{key} is {cfg[key]!r}; expected {expected}")
+    name = cfg.structure.get("structure", "mixed") if cfg.structure else "dense"
+    if cfg.compare == name:
+        raise ConfigError("compare=dense with structure=dense compares a model with itself; choose another structure")
+    if cfg.ckpt_path and (cfg.compare or cfg.seeds > 1):
+        raise ConfigError("ckpt_path resumes one training; leave out compare and seeds")
+    wanted = []
+    for other in (False, True) if cfg.compare else (False,):
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            run = cfg.copy()
+            parts = ([cfg.compare] if other else []) + ([f"seed_{seed}"] if seed != cfg.seed else [])
+            with open_dict(run):
+                run.output_dir = str(Path(cfg.output_dir, *parts))
+                run.seed = seed
+                if other:
+                    run.structure = {}
+            wanted.append(("dense" if other else name, run))
+    return wanted
+
+
+@entry_point("train")
+def main(cfg: DictConfig) -> float:
+    """Train what the configuration asks for; returns the test metric, for sweepers that want one."""
+    # What Lightning says about itself at every start, and advice that does not hold for small models.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message=".*(does not have many workers|smaller than the logging interval|LeafSpec)"
+    )
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")
+    wanted = runs(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    results = [train(run, name) for name, run in wanted]
+    say(f"\n{summarise(results)}")
+    return results[0].metrics["accuracy" if "accuracy" in results[0].metrics else "loss"]
+
+
+if __name__ == "__main__":
+    main()
