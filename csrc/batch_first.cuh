@@ -31,13 +31,14 @@ struct BatchFirstTile {
   static constexpr int KB = KB_, WStages = WStages_, YParts = YParts_;
   static constexpr int Size = sizeof(T), E = 16 / Size;
   static constexpr int WarpsL = DL / LW, TN = WarpsN * MN, TJ = WarpsJ * MJ, Threads = 32 * WarpsL * WarpsN * WarpsJ;
-  static constexpr int WThreads = Threads;
+  static constexpr int WThreads = Threads, WSteps = 1;
   static constexpr int K = KB / Size, Chunks = KB / 16;
   static constexpr int G = DL < E ? DL : E, Parts = DL / G;  // l per transpose unit; units along l
   static constexpr int XBytes = DL * TN * KB, WBytes = DL * TJ * KB;
   static constexpr int YColumns = MJ / YParts;  // values of j of a warp that leave together
   static constexpr int YRow = WarpsJ * YColumns * Size + 16;
   static constexpr int YRows = TN;  // rows that leave together
+  static constexpr bool BouncesY = false;
   __device__ static int y_row(int, int row) { return row; }
   __device__ static int y_column(int part, int column) {
     return column / YColumns * MJ + part * YColumns + column % YColumns;
@@ -172,10 +173,12 @@ class BatchFirstTraffic {
 
   // ---- w: global memory to shared memory
 
-  // What a thread copies of every step: rows j and runs l WRows apart, one chunk of k. Moves on by one step at a time.
-  static constexpr int WRows = Tile::WThreads / Chunks, WPerThread = Tile::WUnits / Tile::WThreads;
+  // What a thread copies of every stage of w (WSteps steps): rows j and runs l WRows apart, one chunk of k. Moves on by one
+  // stage at a time.
+  static constexpr int WChunks = Chunks * Tile::WSteps, WRowBytes = Tile::KB * Tile::WSteps, WK = Tile::K * Tile::WSteps;
+  static constexpr int WRows = Tile::WThreads / WChunks, WPerThread = Tile::WUnits / Tile::WThreads;
   static_assert(Tile::WUnits % Tile::WThreads == 0 && (WRows % Tile::TJ == 0 || Tile::TJ % WRows == 0));
-  const int w_row = threadIdx.x / Chunks % Tile::TJ, w_l = threadIdx.x / (Chunks * Tile::TJ);
+  const int w_row = threadIdx.x / WChunks % Tile::TJ, w_l = threadIdx.x / (WChunks * Tile::TJ);
 
   struct WReader {
     const T* source;
@@ -183,15 +186,15 @@ class BatchFirstTraffic {
   };
 
   __device__ __forceinline__ WReader w_reader(const Place& at) const {
-    const int chunk = threadIdx.x % Chunks, l = at.l0 + w_l, j = at.j0 + w_row;
+    const int chunk = threadIdx.x % WChunks, l = at.l0 + w_l, j = at.j0 + w_row;
     const int64_t row = (static_cast<int64_t>(at.i) * p.d + l) * p.b + j;
     return {static_cast<const T*>(p.w) + row * p.c + chunk * E, p.b - j, p.d - l, p.c - chunk * E};
   }
 
   template <bool Aligned>
   __device__ __forceinline__ void load_w(WReader& reader, int stage) const {
-    const uint32_t base = shared + Tile::WOffset + stage * Tile::WBytes + w_l * (Tile::TJ * Tile::KB) +
-                          swizzled<Chunks>(w_row, threadIdx.x % Chunks);
+    const uint32_t base = shared + Tile::WOffset + stage * Tile::WBytes + w_l * (Tile::TJ * WRowBytes) +
+                          swizzled<WChunks>(w_row, threadIdx.x % WChunks);
     const int64_t block = static_cast<int64_t>(p.b) * p.c;
 #pragma unroll
     for (int u = 0; u < WPerThread; ++u) {
@@ -199,13 +202,13 @@ class BatchFirstTraffic {
       const int dl = WRows >= Tile::TJ ? u * (WRows / Tile::TJ) : u / (Tile::TJ / WRows);
       const int dj = WRows >= Tile::TJ ? 0 : u % (Tile::TJ / WRows) * WRows;
       const bool inside = dj < reader.rows && dl < reader.runs && reader.left > 0;
-      const uint32_t destination = base + (dl * Tile::TJ + dj) * Tile::KB;
+      const uint32_t destination = base + (dl * Tile::TJ + dj) * WRowBytes;
       const T* source = reader.source + dl * block + static_cast<int64_t>(dj) * p.c;
       if constexpr (Aligned) copy_async_16(destination, inside ? source : p.w, inside ? 16 : 0);
       else copy_w_elements(destination, source, inside ? reader.left : 0);
     }
-    reader.source += Tile::K;
-    reader.left -= Tile::K;
+    reader.source += WK;
+    reader.left -= WK;
   }
 
   __device__ static __noinline__ void copy_w_elements(uint32_t destination, const T* source, int valid) {
@@ -217,9 +220,13 @@ class BatchFirstTraffic {
 
   __device__ __forceinline__ void write_y(const Place& at, int y_part) const {
     constexpr int Pieces = Tile::YPieces;
-    // Whether two neighbouring threads always write whole units of one row: then they write together.
-    const bool pairs_whole = p.y_aligned && p.n - at.n0 >= Tile::TN && p.b - at.j0 >= Tile::TJ &&
-                             (static_cast<int64_t>(at.i) + 1) * p.b * p.d <= p.out_features && Tile::YRows * Pieces % Threads == 0;
+    if constexpr (Tile::BouncesY) {
+      if (p.y_aligned && whole_runs && p.d % Tile::DL == 0 && p.n - at.n0 >= Tile::TN && p.b - at.j0 >= Tile::TJ &&
+          (static_cast<int64_t>(at.i) + 1) * p.b * p.d <= p.out_features) {
+        write_y_whole(at, y_part);
+        return;
+      }
+    }
     constexpr int Parts = Tile::Parts;
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < Tile::YRows * Pieces * Parts; unit += Threads) {
@@ -238,10 +245,6 @@ class BatchFirstTraffic {
 #pragma unroll
       for (int g = 0; g < G; ++g) load_shared_16(separate[g], ys + g * (Tile::YRows * Tile::YRow));
       Unit::interleave(separate, flat);
-      if (G > 1 && Parts == 1 && p.d == G && pairs_whole) {
-        write_pair(destination, flat);
-        continue;
-      }
 #pragma unroll
       for (int m = 0; m < G; ++m) {
         const uint32_t v[4] = {flat[4 * m], flat[4 * m + 1], flat[4 * m + 2], flat[4 * m + 3]};
@@ -250,23 +253,44 @@ class BatchFirstTraffic {
     }
   }
 
-  // Two neighbouring threads hold neighbouring G * 16 bytes each. They exchange pieces, so that each of their stores fills a
-  // whole 32-byte sector: half sectors cost the L2 as much as whole ones.
-  __device__ __forceinline__ void write_pair(T* destination, const uint32_t (&flat)[G * 4]) const {
-    const bool odd = lane % 2;
-    T* first = odd ? destination - G * E : destination;
+  // As write_y where nothing is cut off. A warp takes whole rows: it turns its units, puts the pieces back in the place they
+  // came from, and then writes them in the order of global memory, neighbouring threads neighbouring pieces: the L2 counts
+  // requests, and one request holds up to 128 bytes.
+  __device__ __forceinline__ void write_y_whole(const Place& at, int y_part) const {
+    constexpr int Parts = Tile::Parts, Pieces = Tile::YPieces, RowUnits = Parts * Pieces, WarpRows = 32 / RowUnits;
+    static_assert(Pieces == 8 && 32 % RowUnits == 0 && Tile::YRows % WarpRows == 0);
+    const int part = lane % Parts, chunk = lane / Parts % Pieces, warp_row = lane / RowUnits;
+    // Piece m of a unit lies at run m of its part; where along the row is mixed, so that neighbours fall in different banks.
+    auto place_of = [&](int row, int piece_part, int piece_chunk, int m) {
+      const int mixed = piece_chunk ^ (m % 8) ^ (piece_part * 4);
+      return shared + Tile::YOffset + ((piece_part * G + m) * Tile::YRows + row) * Tile::YRow + mixed * 16;
+    };
+    const int64_t feature = (static_cast<int64_t>(at.i) * p.b + at.j0 + Tile::y_column(y_part, 0)) * p.d + at.l0;
+#pragma unroll 1
+    for (int row0 = threadIdx.x / 32 * WarpRows; row0 < Tile::YRows; row0 += Threads / 32 * WarpRows) {
+      const uint32_t ys = shared + Tile::YOffset + (part * G * Tile::YRows + row0 + warp_row) * Tile::YRow + chunk * 16;
+      uint32_t separate[G][4], flat[G * 4];
 #pragma unroll
-    for (int m = 0; m + 1 < G; m += 2) {
-      uint32_t of_even[4], of_odd[4];
+      for (int g = 0; g < G; ++g) load_shared_16(separate[g], ys + g * (Tile::YRows * Tile::YRow));
+      Unit::interleave(separate, flat);
+      __syncwarp();
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t mine = odd ? flat[4 * m + 4 + r] : flat[4 * m + r];
-        const uint32_t theirs = __shfl_xor_sync(0xffffffff, odd ? flat[4 * m + r] : flat[4 * m + 4 + r], 1);
-        of_even[r] = odd ? theirs : mine;
-        of_odd[r] = odd ? mine : theirs;
+      for (int m = 0; m < G; ++m) {
+        const uint32_t v[4] = {flat[4 * m], flat[4 * m + 1], flat[4 * m + 2], flat[4 * m + 3]};
+        store_shared_16(place_of(row0 + warp_row, part, chunk, m), v);
       }
-      store_global_16(first + (m + odd) * E, of_even);
-      store_global_16(first + (G + m + odd) * E, of_odd);
+      __syncwarp();
+      constexpr int RowPieces = RowUnits * G;  // in global order: chunk, m, part
+#pragma unroll
+      for (int u = 0; u < G; ++u) {
+        const int piece_index = u * 32 + lane, row = row0 + piece_index / RowPieces, in_row = piece_index % RowPieces;
+        const int piece_part = in_row % Parts, m = in_row / Parts % G, piece_chunk = in_row / (Parts * G);
+        uint32_t v[4];
+        load_shared_16(v, place_of(row, piece_part, piece_chunk, m));
+        // Where the l of a tile are all l of the pattern, a row is one run; otherwise every j has its own.
+        const int64_t offset = G == E ? (piece_chunk * E + m) * static_cast<int64_t>(p.d) + piece_part * G : in_row * E;
+        store_global_16(static_cast<T*>(p.y) + (at.n0 + Tile::y_row(y_part, row)) * p.y_stride + feature + offset, v);
+      }
     }
   }
 

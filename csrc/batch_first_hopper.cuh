@@ -9,7 +9,9 @@
 //
 //   raw x [n][k][l]  ->  x [l][n][k]     w [l][j][k]     D[j][n] in registers  ->  y [l][n][j]  ->  global memory
 //
-// Shared memory: DL * ((RawStages + 2) * TN + WStages * TJ) * KB + DL * TN / YParts * (TJ * sizeof(T) + 16) bytes
+// - A stage of w holds WSteps steps, so that its rows are read 64 bytes and more at a time: the L2 counts requests.
+//
+// Shared memory: DL * ((RawStages + 2) * TN + WSteps * WStages * TJ) * KB + DL * TN / YParts * (TJ * sizeof(T) + 16) bytes
 // (DL = 1: without the 2; raw x is the operand).
 #pragma once
 
@@ -18,23 +20,25 @@
 
 namespace structlayers {
 
-template <typename T_, int DL_, int TN_, int KB_, int RawStages_, int WStages_, int YParts_>
+template <typename T_, int DL_, int TN_, int KB_, int RawStages_, int WSteps_, int WStages_, int YParts_>
 struct HopperTile {
   using T = T_;
-  static constexpr int DL = DL_, TN = TN_, KB = KB_, RawStages = RawStages_, WStages = WStages_, YParts = YParts_;
+  static constexpr int DL = DL_, TN = TN_, KB = KB_, RawStages = RawStages_, WSteps = WSteps_, WStages = WStages_;
+  static constexpr int YParts = YParts_;
   static constexpr bool Direct = DL == 1;  // raw x is already the operand
   static constexpr int TJ = Direct ? 128 : 64, Threads = 256, WThreads = 128, LW = Direct ? 1 : DL / 2;
   static constexpr int Size = sizeof(T), E = 16 / Size, K = KB / Size, Chunks = KB / 16;
   static constexpr int G = DL < E ? DL : E, Parts = DL / G;
-  static constexpr int XBytes = DL * TN * KB, WBytes = DL * TJ * KB;
+  static constexpr int XBytes = DL * TN * KB, WBytes = DL * TJ * KB * WSteps;
   static constexpr int YRow = TJ * Size + 16, YRows = TN / YParts, YPieces = TJ / E;
+  static constexpr bool BouncesY = DL > 1;
   __device__ static int y_row(int part, int row) { return part * YRows + row; }
   __device__ static int y_column(int, int column) { return column; }
   static constexpr int XOffset = RawStages * XBytes, WOffset = XOffset + (Direct ? 0 : 2 * XBytes);
   static constexpr int YOffset = WOffset + WStages * WBytes;
   static constexpr int SharedBytes = YOffset + DL * YRows * YRow;
   static constexpr int XUnits = TN * Chunks * Parts, XPerThread = (XUnits + Threads - 1) / Threads;
-  static constexpr int WUnits = DL * TJ * Chunks;
+  static constexpr int WUnits = DL * TJ * Chunks * WSteps;
   static constexpr int RowChunks = K * DL / E;  // 16-byte pieces of a row of raw x
   static_assert(Size == 2 && YRows % 8 == 0 && LW * YRows % 16 == 0 && LW * TN <= 256 && RowChunks <= 128);
   static_assert(RawStages >= 3 && WStages >= 2 && TN * RowChunks % 128 == 0);
@@ -44,7 +48,7 @@ template <typename Tile>
 class BatchFirstHopper : BatchFirstTraffic<Tile> {
   using Base = BatchFirstTraffic<Tile>;
   using typename Base::Place, typename Base::Step, typename Base::T, typename Base::Unit, typename Base::WReader;
-  using Base::E, Base::G, Base::Size, Base::lane, Base::p, Base::shared, Base::steps, Base::whole_runs;
+  using Base::E, Base::G, Base::Size, Base::lane, Base::p, Base::shared, Base::steps, Base::whole_runs, Base::WRowBytes;
 
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
   // The first l of this warpgroup and the first of its values of j within the tile.
@@ -144,15 +148,16 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
   using Accumulators = float[Tile::LW][Tile::TN / 8][4];
 
   // Starts the products of one step; `fresh` drops what the accumulators held.
-  __device__ __forceinline__ void multiply(Accumulators& acc, int x_stage, int w_stage, bool fresh) const {
+  __device__ __forceinline__ void multiply(Accumulators& acc, int x_stage, int w_stage, int w_part, bool fresh) const {
     const uint32_t xs = shared + Tile::XOffset * !Tile::Direct + x_stage * Tile::XBytes + first_l * (Tile::TN * Tile::KB);
-    const uint32_t ws = shared + Tile::WOffset + w_stage * Tile::WBytes + (first_l * Tile::TJ + first_j) * Tile::KB;
+    const uint32_t ws = shared + Tile::WOffset + w_stage * Tile::WBytes + (first_l * Tile::TJ + first_j) * WRowBytes +
+                        w_part * Tile::KB;
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < Tile::KB / 32; ++s) {
 #pragma unroll
       for (int l = 0; l < Tile::LW; ++l) {
-        Wgmma<T, Tile::TN>::multiply(acc[l], wgmma_descriptor<Tile::KB>(ws + l * (Tile::TJ * Tile::KB) + s * 32),
+        Wgmma<T, Tile::TN>::multiply(acc[l], wgmma_descriptor<WRowBytes>(ws + l * (Tile::TJ * WRowBytes) + s * 32),
                                      wgmma_descriptor<Tile::KB>(xs + l * (Tile::TN * Tile::KB) + s * 32), fresh && s == 0);
       }
     }
@@ -225,6 +230,8 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
         if (fetches_w) {
           if (p.w_aligned) this->template load_w<true>(w_next, stage);
           else this->template load_w<false>(w_next, stage);
+          // On to the last step of this stage, or of the tile.
+          fetch.s = min(fetch.s + Tile::WSteps, steps) - 1;
         } else {
           if (whole) load_raw<true>(raw_next, stage);
           else load_raw<false>(raw_next, stage);
@@ -234,10 +241,6 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
         if (moved && !fetches_w) raw_next = raw_reader(fetch.at);
       }
       copy_async_commit();
-    };
-    auto await = [&] {
-      if (fetches_w) copy_async_wait<Tile::WStages - 2>();
-      else copy_async_wait<Tile::RawStages - 2>();
     };
     const int ahead = fetches_w ? Tile::WStages - 1 : RawAhead, stages = fetches_w ? Tile::WStages : Tile::RawStages;
     for (int stage = 0; stage < ahead; ++stage) fetch_next(stage);
@@ -251,13 +254,17 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
       raw_stage = 1;
     }
     while (true) {
-      await();
+      const int w_part = current.s % Tile::WSteps;
+      if (!fetches_w) copy_async_wait<Tile::RawStages - 2>();
+      else if (w_part == 0) copy_async_wait<Tile::WStages - 2>();
       fence_shared_for_wgmma();
       // Everybody's pieces of this step have landed, and everybody's products of the step before are done.
       __syncthreads();
-      multiply(acc, x_stage, w_stage, current.s == 0);
-      fetch_next(fetch_stage);
-      fetch_stage = fetch_stage + 1 == stages ? 0 : fetch_stage + 1;
+      multiply(acc, x_stage, w_stage, w_part, current.s == 0);
+      if (!fetches_w || w_part == 0) {
+        fetch_next(fetch_stage);
+        fetch_stage = fetch_stage + 1 == stages ? 0 : fetch_stage + 1;
+      }
       if constexpr (!Tile::Direct) {
         // Past the last step this converts what is no longer used.
         convert(raw_stage, x_stage ^ 1);
@@ -268,7 +275,8 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
       if (!this->advance(current, tiles, moved)) return;
       if constexpr (Tile::Direct) x_stage = x_stage + 1 == Tile::RawStages ? 0 : x_stage + 1;
       else x_stage ^= 1;
-      w_stage = w_stage + 1 == Tile::WStages ? 0 : w_stage + 1;
+      // After an advance, s is 0 at the first step of a tile, which starts a stage of w as well.
+      if (current.s % Tile::WSteps == 0) w_stage = w_stage + 1 == Tile::WStages ? 0 : w_stage + 1;
     }
   }
 };

@@ -109,12 +109,13 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
     case kBatchFirst4Tall: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 2, 2, 64, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, false, 8, 2, 1, 2, 64, 32, 64, 3, 2>>(p, stream);
     case kBatchFirst16: return launch_batch_first<BatchFirstTile<T, false, 16, 2, 1, 1, 32, 64, 64, 2, 4>>(p, stream);
-    // DL, TN, bytes of K per step, stages of raw x, stages of w, parts of y.
-    case kHopper1: return launch_hopper<HopperTile<T, 1, 256, 128, 4, 4, 4>>(p, stream);
-    case kHopper2: return launch_hopper<HopperTile<T, 2, 256, 64, 3, 3, 4>>(p, stream);
-    case kHopper4: return launch_hopper<HopperTile<T, 4, 128, 64, 3, 2, 4>>(p, stream);
-    case kHopper8: return launch_hopper<HopperTile<T, 8, 64, 32, 5, 3, 2>>(p, stream);
-    case kHopper16: return launch_hopper<HopperTile<T, 16, 32, 32, 4, 3, 4>>(p, stream);
+    // DL, TN, bytes of K per step, stages of raw x, steps in a stage of w, stages of w, parts of y.
+    case kHopper1: return launch_hopper<HopperTile<T, 1, 256, 128, 4, 1, 4, 4>>(p, stream);
+    case kHopper2: return launch_hopper<HopperTile<T, 2, 256, 64, 3, 2, 2, 4>>(p, stream);
+    case kHopper4: return launch_hopper<HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
+    case kHopper8: return launch_hopper<HopperTile<T, 8, 64, 32, 4, 2, 2, 2>>(p, stream);
+    case kHopper16: return launch_hopper<HopperTile<T, 16, 32, 32, 4, 1, 3, 4>>(p, stream);
+    case kHopper16Wide: return launch_hopper<HopperTile<T, 16, 32, 32, 3, 2, 2, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

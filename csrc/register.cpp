@@ -50,6 +50,7 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   require(x.is_cuda() && x.dim() == 2 && weight.dim() == 4, "cuda_product expects a CUDA matrix and a weight (a, d, b, c)");
   require(weight.is_contiguous(), "cuda_product expects a contiguous weight");
   const int64_t a = weight.size(0), d = weight.size(1), b = weight.size(2), c = weight.size(3);
+  require(!bias.has_value() || bias->is_contiguous(), "cuda_product expects a contiguous bias");
   const int64_t most = std::numeric_limits<int32_t>::max();
   require(a * b * d <= most && a * c * d <= most, "more than 2^31 - 1 features");
   const int64_t in_features = x.size(batch_last ? 0 : 1), n = x.size(batch_last ? 1 : 0);

@@ -24,6 +24,7 @@ enum TileId : int {
   kHopper4 = 12,
   kHopper8 = 13,
   kHopper16 = 14,
+  kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
 };
 
 // Launches on `stream` on the current device. Returns an error of the launch; cudaErrorInvalidValue for an unknown tile.

@@ -18,7 +18,9 @@ def locate(target: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"_target_ = {target!r}: expected the dotted path of a class or function ({error})") from error
+        raise ConfigError(
+            f"_target_ = {target!r}: expected the dotted path of a class or function ({error})"
+        ) from error
 
 
 def build_model(
@@ -31,7 +33,8 @@ def build_model(
 
     ``model``: ``_target_`` and arguments; ``model_args``: what the data fix (:meth:`model_args` of a data module);
     ``structure``: the fields of a :class:`~structlayers.surgery.SwapRule`, or ``rules``, a list of such mappings, and
-    optionally ``init`` and ``scale`` of :func:`~structlayers.surgery.swap_linears`; empty or None leaves the model dense.
+    optionally ``init`` and ``scale`` of :func:`~structlayers.surgery.swap_linears`; empty or None leaves the model
+    dense.
     Options that are None count as not given. Raises :class:`ConfigError` on an unknown target, key or value.
     """
     arguments = {**model_args, **model}

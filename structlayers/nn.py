@@ -119,8 +119,8 @@ class KSLinear(nn.Module):
 
     def resolved_backends(self, n: int) -> list[str]:
         """The backend that computes each factor for a batch of ``n``, in written order."""
-        dtype, device_type = self.factors[0].dtype, self.factors[0].device.type
-        problems = [Problem(p, n, dtype, device_type, Layout(self.layout)) for p in self.chain]
+        dtype, device = self.factors[0].dtype, self.factors[0].device
+        problems = [Problem.on(device, p, n, dtype, Layout(self.layout)) for p in self.chain]
         return [resolve(self.backend, problem).name for problem in problems]
 
     def __repr__(self) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structlayers.backends import bmm, check_backend, resolve
+from structlayers.backends import bmm, check_backend, resolve, tuning
+from structlayers.backends.base import Product
+from structlayers.backends.prepare import prepare, resize_features
 from structlayers.patterns import Pattern
 from structlayers.problem import Layout, Problem, check_product, check_weight_grad
 
@@ -35,26 +36,8 @@ _library.define(
     "ks_weight_grad(Tensor dy, Tensor x, int[4] weight_shape, str layout, str backend) -> Tensor", tags=_TAGS
 )
 
-_EPILOGUES = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-}
-
 
 # ---- kernels
-
-
-def _resize_features(x: Tensor, size: int, layout: Layout) -> Tensor:
-    """Zero-pad or crop a two-dimensional ``x`` to ``size`` features."""
-    axis = 1 if layout is Layout.BATCH_FIRST else 0
-    missing = size - x.shape[axis]
-    if missing == 0:
-        return x
-    if missing < 0:
-        return x.narrow(axis, 0, size)
-    return F.pad(x, (0, missing) if axis == 1 else (0, 0, 0, missing))
 
 
 def _flatten_batch(x: Tensor, layout: Layout) -> Tensor:
@@ -67,16 +50,34 @@ def _output_shape(x: Tensor, features: int, layout: str) -> list[int]:
 
 def _problem(x: Tensor, pattern: Pattern, layout: Layout) -> Problem:
     n = x.shape[0] if layout is Layout.BATCH_FIRST else x.shape[1]
-    return Problem(pattern, n, x.dtype, x.device.type, layout)
+    return Problem.on(x.device, pattern, n, x.dtype, layout)
 
 
-def _multiply(x: Tensor, weight: Tensor, pattern: Pattern, layout: Layout, backend: str) -> Tensor:
-    """One factor times a two-dimensional ``x``; missing features count as zeros, the output has the padded size."""
-    x = _resize_features(x, pattern.in_features, layout)
-    return resolve(backend, _problem(x, pattern, layout)).multiply(x, weight, layout)
+# What was checked and chosen for one combination of shapes, dtypes, devices and options: finding it again is all that
+# an ordinary call does in Python. Emptied when full.
+_plans: dict[tuple[Any, ...], tuple[Product, ...]] = {}
+_MOST_PLANS = 4096
 
 
-def _ks_chain(
+def _plan(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> tuple[Product, ...]:
+    """The products of a chain, in written order."""
+    dtype, device = x.dtype, x.device
+    parameters = weights if bias is None else (*weights, bias)
+    for tensor in parameters:
+        if tensor.dtype is not dtype or tensor.device != device:
+            # For its message.
+            return _make_plan(x, weights, bias, *options)
+    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
+    key = (x.shape, dtype, device, precision, options, len(weights), tuning.generation, *[t.shape for t in parameters])
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(x, weights, bias, *options)
+    return plan
+
+
+def _make_plan(
     x: Tensor,
     weights: Sequence[Tensor],
     bias: Tensor | None,
@@ -85,31 +86,39 @@ def _ks_chain(
     layout: str,
     activation: str,
     backend: str,
-) -> Tensor:
+) -> tuple[Product, ...]:
     patterns, rows = check_product(x, weights, bias, out_features, in_features, layout, activation)
     check_backend(backend)
-    order = Layout(layout)
-    y = _flatten_batch(x, order)
-    for pattern, weight in zip(reversed(patterns), reversed(weights), strict=True):
-        y = _multiply(y, weight, pattern, order, backend)
-    y = _resize_features(y, rows, order)
-    if bias is not None:
-        # In place: every product writes a fresh tensor.
-        y.add_(bias if order is Layout.BATCH_FIRST else bias[:, None])
-    if activation != "none":
-        y = _EPILOGUES[activation](y)
-    return y.reshape(_output_shape(x, rows, layout)).contiguous()
+    rows_of_batch = _flatten_batch(x, Layout(layout))
+    problems = [_problem(rows_of_batch, pattern, Layout(layout)) for pattern in patterns]
+    inner = [prepare(problem, "none", problem.pattern.out_features, backend) for problem in problems[1:]]
+    return (prepare(problems[0], activation, rows, backend), *inner)
 
 
-def _ks_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _ks_chain(x, [weight], *rest)
+def _ks_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    (product,) = _plan(x, (weight,), bias, *options)
+    if x.dim() == 2:
+        return product(x, weight, bias)
+    layout = options[2]
+    y = product(_flatten_batch(x, Layout(layout)), weight, bias)
+    return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
+
+
+def _ks_chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
+    first, *inner = _plan(x, weights, bias, *options)
+    layout = options[2]
+    y = _flatten_batch(x, Layout(layout))
+    for product, weight in zip(reversed(inner), reversed(weights[1:]), strict=True):
+        y = product(y, weight, None)
+    y = first(y, weights[0], bias)
+    return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
 
 
 def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: str, backend: str) -> Tensor:
     """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; missing features count as zeros."""
     pattern, order = check_weight_grad(dy, x, weight_shape, layout), Layout(layout)
-    dy = _resize_features(_flatten_batch(dy, order), pattern.out_features, order)
-    x = _resize_features(_flatten_batch(x, order), pattern.in_features, order)
+    dy = resize_features(_flatten_batch(dy, order), pattern.out_features, order)
+    x = resize_features(_flatten_batch(x, order), pattern.in_features, order)
     weight_grad = resolve(backend, _problem(x, pattern, order)).weight_grad or bmm.weight_grad
     return weight_grad(dy, x, pattern, order)
 
@@ -169,15 +178,14 @@ def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tens
     """Gradients of a chain product for its input, weights and bias; intermediates are computed again."""
     x, bias, *weights = ctx.saved_tensors
     layout, backend = ctx.layout, ctx.backend
-    linear = torch.ops.structlayers.ks_linear
     inputs, size = [x], ctx.in_features
     for q in range(len(weights) - 1, 0, -1):
         if ctx.activation == "none" and not any(weight_needs[:q]):
             break
-        inputs.append(linear(inputs[-1], weights[q], None, size, None, layout, "none", backend))
+        inputs.append(_linear(inputs[-1], weights[q], None, size, None, layout, "none", backend))
         size = None
     if ctx.activation != "none":
-        z = linear(inputs[-1], weights[0], bias, size, ctx.out_features, layout, "none", backend)
+        z = _linear(inputs[-1], weights[0], bias, size, ctx.out_features, layout, "none", backend)
         dy = _activation_backward(dy, z, ctx.activation)
     d_bias = _batch_sum(dy, layout) if bias is not None and ctx.needs_input_grad[2] else None
     d_weights: list[Any] = []
@@ -191,7 +199,7 @@ def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tens
         d_weights.append(d_weight)
         if any(weight_needs[q + 1 :]) or ctx.needs_input_grad[0]:
             columns = ctx.in_features if q == last else None
-            dy = linear(dy, weight.transpose(2, 3), None, rows, columns, layout, "none", backend)
+            dy = _linear(dy, weight.transpose(2, 3), None, rows, columns, layout, "none", backend)
             rows = None
     return (dy if ctx.needs_input_grad[0] else None), d_weights, d_bias
 
@@ -215,10 +223,9 @@ def _ks_weight_grad_backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
     dy, x = ctx.saved_tensors
     axis = -1 if ctx.layout == "batch_first" else 0
     rows, columns = dy.shape[axis], x.shape[axis]
-    linear = torch.ops.structlayers.ks_linear
-    d_dy = linear(x, dw, None, columns, rows, ctx.layout, "none", ctx.backend) if ctx.needs_input_grad[0] else None
+    d_dy = _linear(x, dw, None, columns, rows, ctx.layout, "none", ctx.backend) if ctx.needs_input_grad[0] else None
     d_x = (
-        linear(dy, dw.transpose(2, 3), None, rows, columns, ctx.layout, "none", ctx.backend)
+        _linear(dy, dw.transpose(2, 3), None, rows, columns, ctx.layout, "none", ctx.backend)
         if ctx.needs_input_grad[1]
         else None
     )
@@ -230,6 +237,49 @@ torch.library.register_autograd("structlayers::ks_chain", _ks_chain_backward, se
 torch.library.register_autograd(
     "structlayers::ks_weight_grad", _ks_weight_grad_backward, setup_context=_save_weight_grad, lib=_library
 )
+
+
+# ---- eager calls
+
+
+class _RecordedLinear(torch.autograd.Function):
+    """The ``ks_linear`` operator without PyTorch's bookkeeping around a registered one, which costs more."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _ks_linear(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_ks_linear_backward)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call may pass the dispatcher by: nobody traces, counts or transforms it, and no subclass takes part."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.__class__ in _PLAIN_TENSORS
+        and weight.__class__ in _PLAIN_TENSORS
+        and (bias is None or bias.__class__ in _PLAIN_TENSORS)
+        and not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """The ``ks_linear`` operator, by the shortest way to it."""
+    if not _is_plain(x, weight, bias):
+        return torch.ops.structlayers.ks_linear(x, weight, bias, *options)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _RecordedLinear.apply(x, weight, bias, *options)
+    return _ks_linear(x, weight, bias, *options)
 
 
 # ---- FLOPs, for torch.utils.flop_counter
@@ -258,18 +308,19 @@ def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwar
 # ---- the public functions
 
 
-def _autocast(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Cast to the autocast dtype where autocast is on, as ``F.linear`` does: floating point, but not float64."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to compute in where autocast is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return x, list(weights), bias
-    dtype = torch.get_autocast_dtype(device_type)
+        return None
+    return torch.get_autocast_dtype(device_type)
 
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
 
-    return cast(x), [cast(w) for w in weights], None if bias is None else cast(bias)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does around ``F.linear``: floating point, but not float64."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def ks_linear(
@@ -291,10 +342,11 @@ def ks_linear(
     :class:`BackendError` if ``backend`` is unknown or cannot compute the problem.
     Source: Gonon et al., arXiv:2405.15013.
     """
-    x, (weight,), bias = _autocast(x, [weight], bias)
-    return torch.ops.structlayers.ks_linear(
-        x, weight, bias, in_features, out_features, Layout(layout).value, activation, backend
-    )
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    layout = layout if layout.__class__ is str else Layout(layout).value
+    return _linear(x, weight, bias, in_features, out_features, layout, activation, backend)
 
 
 def ks_chain(
@@ -315,13 +367,14 @@ def ks_chain(
     ``x`` is kept and the rest is computed again. Sizes and errors as in :func:`ks_linear`; also :class:`ChainError`
     where neighbours do not compose.
     """
-    layout = Layout(layout).value
-    x, weights, bias = _autocast(x, weights, bias)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
+        weights = [_cast(weight, dtype) for weight in weights]
+    layout = layout if layout.__class__ is str else Layout(layout).value
     if len(weights) == 1:
         # PyTorch's bookkeeping is several times slower for an operator that takes a list of tensors.
-        return torch.ops.structlayers.ks_linear(
-            x, weights[0], bias, in_features, out_features, layout, activation, backend
-        )
+        return _linear(x, weights[0], bias, in_features, out_features, layout, activation, backend)
     records = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
     if recompute or not records:
         return torch.ops.structlayers.ks_chain(x, weights, bias, in_features, out_features, layout, activation, backend)
@@ -330,6 +383,6 @@ def ks_chain(
         check_product(x, weights, bias, out_features, in_features, layout, activation)
     y, size = x, in_features
     for weight in weights[:0:-1]:
-        y = torch.ops.structlayers.ks_linear(y, weight, None, size, None, layout, "none", backend)
+        y = _linear(y, weight, None, size, None, layout, "none", backend)
         size = None
-    return torch.ops.structlayers.ks_linear(y, weights[0], bias, size, out_features, layout, activation, backend)
+    return _linear(y, weights[0], bias, size, out_features, layout, activation, backend)

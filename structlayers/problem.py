@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -38,10 +38,29 @@ class Problem:
     dtype: torch.dtype
     device_type: str
     layout: Layout
+    # Whether float32 products may round their operands to TF32.
+    tf32: bool = False
+    # Which of the GPUs, and its compute capability: they may differ.
+    device_index: int = 0
+    capability: tuple[int, int] = (8, 0)
+
+    @classmethod
+    def on(cls, device: torch.device, pattern: Pattern, n: int, dtype: torch.dtype, layout: Layout) -> Problem:
+        """The problem of tensors on ``device``, under the present ``torch.get_float32_matmul_precision()``."""
+        if device.type != "cuda":
+            return cls(pattern, n, dtype, device.type, layout)
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return cls(pattern, n, dtype, device.type, layout, tf32, index, _capability(index))
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{tuple(self.pattern)}, n={self.n}, {dtype}, {self.layout.value}, {self.device_type}"
+
+
+@cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 @lru_cache(maxsize=4096)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from structlayers import Chain, KSLinear
-from structlayers.backends import BACKENDS
+from structlayers import Chain, KSLinear, Layout
+from structlayers.backends import BACKENDS, available_backends
 from structlayers.errors import BackendError, ChainError, ShapeError
 from structlayers.init import factor_std
+from structlayers.problem import Problem
 
 CHAIN = Chain.parse("(1,4,6,2)(2,6,5,1)[:7,:9]")
+CPU_PROBLEM = Problem(CHAIN[0], 4, torch.float64, "cpu", Layout.BATCH_LAST)
 CHAINS = [CHAIN, Chain.dense(5, 7), Chain.butterfly(8), Chain.low_rank(6, 9, 2), Chain.block_diagonal(7, 10, 3)]
 
 
@@ -41,7 +43,7 @@ def test_behaves_as_the_linear_layer_of_its_dense_weight(chain, bias):
     assert (layer.in_features, layer.out_features) == (linear.in_features, linear.out_features)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["auto", *available_backends(CPU_PROBLEM)])
 def test_batch_last_is_the_transposed_layer(backend):
     layer = layer_of(CHAIN, dtype=torch.float64)
     last = KSLinear(CHAIN, layout="batch_last", backend=backend, dtype=torch.float64)

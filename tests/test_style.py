@@ -32,7 +32,8 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".cfg", ".txt", ".cu", ".cuh", ".cpp", ".h"}
-SKIPPED = {".git", "build", "dist", "outputs", "multirun", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+# Besides hidden folders, such as .git and .venv.
+SKIPPED = {"build", "dist", "outputs", "multirun", "wandb", "venv", "__pycache__"}
 
 
 def module_of(path: Path) -> str:
@@ -112,7 +113,10 @@ def text_files() -> list[Path]:
         for path in sorted(ROOT.rglob("*"))
         if path.is_file()
         and path.suffix in TEXT
-        and not any(part in SKIPPED or part.endswith(".egg-info") for part in path.relative_to(ROOT).parts)
+        and not any(
+            part in SKIPPED or part.startswith(".") or part.endswith(".egg-info")
+            for part in path.relative_to(ROOT).parts
+        )
     ]
 
 

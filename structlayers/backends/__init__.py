@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from structlayers.backends import bmm, dense, einsum, reference, sparse
+from structlayers.backends import bmm, cuda, dense, einsum, reference, sparse, tuning
 from structlayers.backends.auto import choose
 from structlayers.backends.base import Backend
 from structlayers.errors import BackendError
@@ -10,7 +10,7 @@ from structlayers.problem import Problem
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (reference.BACKEND, einsum.BACKEND, bmm.BACKEND, sparse.BSR, sparse.CSR, dense.BACKEND)
+    for backend in (reference.BACKEND, einsum.BACKEND, bmm.BACKEND, sparse.BSR, sparse.CSR, dense.BACKEND, cuda.BACKEND)
 }
 
 
@@ -24,11 +24,13 @@ def check_backend(name: str) -> str:
 def resolve(name: str, problem: Problem) -> Backend:
     """The backend that computes ``problem`` when ``name`` is asked for.
 
-    What was asked for by name is what runs: :class:`BackendError` gives the reason where it cannot.
+    What was asked for by name is what runs: :class:`BackendError` gives the reason where it cannot. "auto" is the
+    estimate of :func:`~structlayers.backends.auto.choose`, or what was measured where the tuning cache has an entry.
     """
     check_backend(name)
     if name == "auto":
-        return BACKENDS[choose(problem)]
+        compiled = cuda.reason_against(problem) is None
+        return BACKENDS[choose(problem, compiled, tuning.lookup(problem))]
     backend = BACKENDS[name]
     reason = backend.reason_against(problem)
     if reason is not None:

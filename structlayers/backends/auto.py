@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from structlayers.backends.bmm import group_size
+from structlayers.backends.tuning import Entry
 from structlayers.problem import Layout, Problem
 
 
@@ -68,12 +69,69 @@ def cpu_cost_s(name: str, problem: Problem) -> float:
     return seconds + SECONDS_PER_FLOP * pattern.flops(n) * group
 
 
-@lru_cache(maxsize=4096)
-def choose(problem: Problem) -> str:
-    """The backend expected to be fastest.
+@dataclass(frozen=True)
+class GpuRates:
+    """What the backends reach on a GPU, in FLOP/s and as shares of the copy rate; see :func:`gpu_cost_s`."""
 
-    On a CPU the cheapest by :func:`cpu_cost_s`; elsewhere ``bmm``, whose batched product every device has.
+    matmul: float
+    cuda_first: float
+    cuda_last: float
+
+
+# Measured on one H200, torch 2.11, at n = 25,088 over a sample of the grid of arXiv:2405.15013: the best matrix product
+# over several shapes, and what the compiled kernels reach where arithmetic and operand loads bind them. Only ratios
+# matter for the choice.
+COPY_BYTES_PER_S = 4.2e12
+CALL_S = 5e-6
+GPU_RATES = {
+    "16bit": GpuRates(matmul=7.0e14, cuda_first=1.05e14, cuda_last=2.5e14),
+    "tf32": GpuRates(matmul=3.0e14, cuda_first=5.0e13, cuda_last=7.5e13),
+    "float32": GpuRates(matmul=5.0e13, cuda_first=2.8e13, cuda_last=4.2e13),
+}
+# Reading and writing everything once, as a share of the copy rate; with d > 1, bmm copies its input and output first.
+CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE = 0.6, 0.7, 0.16
+
+
+def gpu_cost_s(name: str, problem: Problem) -> float:
+    """Estimated seconds of one product on a GPU: the larger of traffic and arithmetic, plus a call."""
+    pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
+    kind = "16bit" if itemsize == 2 else "tf32" if problem.tf32 else "float32"
+    rates, traffic, last = GPU_RATES[kind], pattern.bytes(n, itemsize), problem.layout is Layout.BATCH_LAST
+    if name == "dense":
+        elements = pattern.in_features * pattern.out_features
+        # The dense weight is filled with zeros, given its values and read.
+        moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
+        return 3 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
+    if name == "bmm":
+        permuted = pattern.d > 1 and not (last and pattern.a == 1)
+        share = BMM_PERMUTED_SHARE if permuted else BMM_SHARE
+        calls = 3 if permuted else 1
+        return calls * CALL_S + max(traffic / COPY_BYTES_PER_S / share, pattern.flops(n) / rates.matmul)
+    # Blocks are padded to the tensor cores' tiles.
+    padded = pattern.flops(n) * (-(-pattern.b // 16) * 16 / pattern.b) * (-(-pattern.c // 16) * 16 / pattern.c)
+    rate = rates.cuda_last if last else rates.cuda_first
+    small_blocks = min(pattern.b, pattern.c) < 8
+    arithmetic = 0.0 if small_blocks else padded / rate
+    return CALL_S + max(traffic / COPY_BYTES_PER_S / CUDA_SHARE, arithmetic)
+
+
+# What auto chooses from on a GPU; einsum is bmm with more copies, but the tuning cache may know better.
+GPU_CANDIDATES = ("cuda", "dense", "bmm", "einsum")
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, compiled: bool = False, tuned: Entry | None = None) -> str:
+    """The backend expected to be fastest; ``compiled`` says whether the compiled kernels can compute this problem.
+
+    ``tuned`` is what was measured to be fastest, and decides where it can run. Without it:
+    On a CPU the cheapest by :func:`cpu_cost_s`, on a GPU by :func:`gpu_cost_s`; elsewhere ``bmm``, whose batched
+    product every device has.
     """
-    if problem.device_type != "cpu":
+    if problem.device_type == "cpu":
+        return min(CPU_COSTS[problem.layout], key=lambda name: cpu_cost_s(name, problem))
+    if problem.device_type != "cuda":
         return "bmm"
-    return min(CPU_COSTS[problem.layout], key=lambda name: cpu_cost_s(name, problem))
+    if tuned is not None and tuned.backend in GPU_CANDIDATES and (compiled or tuned.backend != "cuda"):
+        return tuned.backend
+    candidates = ["cuda", "dense", "bmm"] if compiled else ["dense", "bmm"]
+    return min(candidates, key=lambda name: gpu_cost_s(name, problem))

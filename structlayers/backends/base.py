@@ -10,6 +10,9 @@ from torch import Tensor
 from structlayers.patterns import Pattern
 from structlayers.problem import Layout, Problem
 
+# (x, weight, bias) to the output, for one problem, activation and logical output size; x is two-dimensional.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 def supports_everything(problem: Problem) -> None:
     """No reason against any problem."""
@@ -24,6 +27,9 @@ class Backend:
     with any strides, and a weight viewed as ``(a, d, b, c)`` with any strides; it returns the product, in memory of its
     own and in the same layout.
     ``reason_against(problem)`` is None, or the sentence that tells a user why this backend cannot compute it.
+    ``prepare(problem, activation, out_features)`` returns the whole product as a function, for backends that take
+    logical sizes, bias and activation along and write a contiguous output; None where ``multiply`` between padding and
+    an epilogue serves.
     ``weight_grad(dy, x, pattern, layout)`` takes both of the padded size and returns ``(a, d, b, c)``, contiguous; None
     where that of the ``bmm`` backend serves.
     """
@@ -31,4 +37,5 @@ class Backend:
     name: str
     multiply: Callable[[Tensor, Tensor, Layout], Tensor]
     reason_against: Callable[[Problem], str | None] = supports_everything
+    prepare: Callable[[Problem, str, int], Product] | None = None
     weight_grad: Callable[[Tensor, Tensor, Pattern, Layout], Tensor] | None = None

@@ -1,0 +1,79 @@
+"""The compiled kernels as a backend."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from structlayers._extension import built_for_sm90a, why_missing
+from structlayers.backends import tuning
+from structlayers.backends.base import Backend, Product
+from structlayers.backends.tiles import Tile, choose_tile
+from structlayers.patterns import Pattern
+from structlayers.problem import ACTIVATIONS, Layout, Problem
+
+_library = torch.library.Library("structlayers", "FRAGMENT")
+# Implemented in csrc/register.cpp. x is (N, in_features), or (in_features, N) batch-last, with stride 1 in the last
+# dimension; split asks for float32 accuracy from float32 inputs; tile is a number of backends/tiles.py.
+_library.define(
+    "cuda_product(Tensor x, Tensor weight, Tensor? bias, int out_features, bool batch_last, int activation, "
+    "bool split, int tile) -> Tensor"
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)
+
+
+def tile_of(problem: Problem) -> Tile:
+    """The tile that runs ``problem``: the measured one where the tuning cache has it, else the expected one."""
+    entry = tuning.lookup(problem)
+    return choose_tile(problem, None if entry is None else entry.tile, built_for_sm90a())
+
+
+def prepare(problem: Problem, activation: str, out_features: int, tile: Tile | None = None) -> Product:
+    """The whole product, logical sizes, bias and activation included, as one kernel; ``tile`` overrides the choice."""
+    kernel = torch.ops.structlayers.cuda_product.default
+    number = (tile or tile_of(problem)).number
+    last = problem.layout is Layout.BATCH_LAST
+    split = problem.dtype == torch.float32 and not problem.tf32
+    epilogue = ACTIVATIONS.index(activation)
+
+    def product(
+        x: Tensor,  # (N, in_features), batch-last (in_features, N); in_features up to a*c*d
+        weight: Tensor,  # (a, d, b, c)
+        bias: Tensor | None,  # (out_features,)
+    ) -> Tensor:  # (N, out_features), batch-last (out_features, N)
+        if not x.is_contiguous() and x.stride(1) != 1 and x.shape[1] > 1:
+            x = x.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        return kernel(x, weight.contiguous(), bias, out_features, last, epilogue, split, number)
+
+    return product
+
+
+def multiply(x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    pattern = Pattern.of_weight(weight.shape)
+    problem = Problem.on(x.device, pattern, x.shape[0 if layout is Layout.BATCH_FIRST else 1], x.dtype, layout)
+    return prepare(problem, "none", pattern.out_features)(x, weight, None)
+
+
+def reason_against(problem: Problem) -> str | None:
+    if problem.device_type != "cuda":
+        return f"the tensors are on {problem.device_type}: expected cuda"
+    if problem.dtype not in DTYPES:
+        return f"the kernels have no {problem.dtype}: expected one of {list(DTYPES)}"
+    return why_missing() or _why_device_does_not_serve(problem.device_index)
+
+
+@cache
+def _why_device_does_not_serve(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}: expected at least {CAPABILITY[0]}.{CAPABILITY[1]}"
+    return None
+
+
+BACKEND = Backend("cuda", multiply, reason_against, prepare)

@@ -1,0 +1,102 @@
+"""Which compiled tile of the CUDA kernels runs a product: a pure function of the problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from structlayers.problem import Layout, Problem
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One compiled tile: ``rows`` of the batch, ``columns`` values of j and ``run`` neighbouring l a CTA.
+
+    ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions.
+    """
+
+    name: str
+    number: int
+    layout: Layout
+    run: int
+    rows: int
+    columns: int
+    wgmma: bool = False
+
+
+_FIRST, _LAST = Layout.BATCH_FIRST, Layout.BATCH_LAST
+SMALL_BLOCKS = "small_blocks"
+# The largest c that the small-block kernel takes.
+SMALL_BLOCK = 16
+
+TILES_16BIT = (
+    Tile("run1", 1, _FIRST, 1, 256, 128),
+    Tile("run1_short", 2, _FIRST, 1, 16, 128),
+    Tile("run2", 3, _FIRST, 2, 128, 128),
+    Tile("run4", 4, _FIRST, 4, 64, 128),
+    Tile("run4_tall", 5, _FIRST, 4, 128, 64),
+    Tile("run8", 6, _FIRST, 8, 64, 64),
+    Tile("run16", 7, _FIRST, 16, 32, 64),
+    Tile("wgmma1", 10, _FIRST, 1, 256, 128, wgmma=True),
+    Tile("wgmma2", 11, _FIRST, 2, 256, 64, wgmma=True),
+    Tile("wgmma4", 12, _FIRST, 4, 128, 64, wgmma=True),
+    Tile("wgmma8", 13, _FIRST, 8, 64, 64, wgmma=True),
+    Tile("wgmma16", 14, _FIRST, 16, 32, 64, wgmma=True),
+    Tile("wgmma16_wide", 15, _FIRST, 16, 32, 64, wgmma=True),
+    Tile("last", 8, _LAST, 1, 256, 128),
+    Tile("last_narrow", 9, _LAST, 1, 256, 64),
+)
+TILES_32BIT = (
+    Tile("run1", 1, _FIRST, 1, 128, 128),
+    Tile("run1_short", 2, _FIRST, 1, 16, 128),
+    Tile("run2", 3, _FIRST, 2, 64, 128),
+    Tile("run4", 4, _FIRST, 4, 64, 64),
+    Tile("run8", 6, _FIRST, 8, 32, 64),
+    Tile("last", 8, _LAST, 1, 128, 128),
+    Tile("last_narrow", 9, _LAST, 1, 128, 64),
+)
+
+
+# The only architecture whose wgmma the kernels use.
+HOPPER = (9, 0)
+
+
+def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
+    """The tiles that can run ``problem``: any tile of its layout, and the small-block kernel where c is small.
+
+    ``wgmma=False`` leaves out what the compiled kernels do not hold.
+    """
+    table = TILES_32BIT if problem.dtype == torch.float32 else TILES_16BIT
+    hopper = wgmma and problem.capability == HOPPER
+    tiles = [tile for tile in table if tile.layout is problem.layout and (hopper or not tile.wgmma)]
+    if problem.pattern.c <= SMALL_BLOCK:
+        tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
+    return tiles
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) -> Tile:
+    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it is there."""
+    _, b, c, d = problem.pattern
+    tiles = {tile.name: tile for tile in tiles_for(problem, wgmma)}
+    if tuned in tiles:
+        return tiles[tuned]
+    if SMALL_BLOCKS in tiles and (b < 8 or c < 8):
+        return tiles[SMALL_BLOCKS]
+    if problem.layout is Layout.BATCH_LAST:
+        return tiles["last_narrow" if b <= 64 else "last"]
+    if problem.n <= 64:
+        return tiles["run1_short"]
+    if "wgmma1" in tiles:
+        if d > 8:
+            return tiles["wgmma16_wide" if d >= 64 and b > 64 and c > 64 else "wgmma16"]
+        return tiles["wgmma1" if d == 1 else "wgmma2" if d == 2 else "wgmma4" if d <= 4 else "wgmma8"]
+    if d == 1:
+        return tiles["run1"]
+    if d == 2:
+        return tiles["run2"]
+    if d <= 4:
+        return tiles["run4_tall" if b <= 64 and "run4_tall" in tiles else "run4"]
+    return tiles["run16" if d > 8 and "run16" in tiles else "run8"]

@@ -1,0 +1,165 @@
+"""What was measured to be fastest: one cache file, written by ``structlayers.bench.tune`` and read once per process.
+
+The file is ``$STRUCTLAYERS_TUNING_CACHE``, or ``structlayers/tuning.json`` in the user's cache folder. Ordinary calls
+only look entries up; where there is none, the estimates of auto.py and tiles.py decide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from structlayers.problem import Problem
+
+ENVIRONMENT = "STRUCTLAYERS_TUNING_CACHE"
+# Of the file; a file of another format is rebuilt.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest backend of a problem, and the fastest tile of the compiled kernels whether or not they are that."""
+
+    backend: str
+    tile: str | None = None
+
+
+# What this process knows; None before the file is read. The generation tells those who keep choices that it changed.
+_entries: dict[str, Entry] | None = None
+generation = 0
+
+
+def cache_path(path: str | os.PathLike[str] | None = None) -> Path:
+    """The cache file: the argument, else ``$STRUCTLAYERS_TUNING_CACHE``, else the one in the user's cache folder."""
+    named = path or os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named).expanduser()
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "structlayers" / "tuning.json"
+
+
+def batch_bucket(n: int) -> int:
+    """The smallest power of two that is at least ``n``: batches of one bucket share an entry."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def key(problem: Problem) -> str | None:
+    """The name of a problem in the cache; None where nothing is tuned: on a CPU, or for an empty batch."""
+    device = device_name(problem)
+    if device is None or problem.n == 0:
+        return None
+    dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
+    a, b, c, d = problem.pattern
+    bucket = batch_bucket(problem.n)
+    return f"{device}, structlayers {_version()}, {dtype}, {problem.layout.value}, ({a},{b},{c},{d}), n<={bucket}"
+
+
+def device_name(problem: Problem) -> str | None:
+    """The GPU of a problem; None on a CPU, where nothing is tuned, and where there is no GPU."""
+    return _gpu_name(problem.device_index) if problem.device_type == "cuda" else None
+
+
+@cache
+def _gpu_name(index: int) -> str | None:
+    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else None
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("structlayers")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def lookup(problem: Problem) -> Entry | None:
+    """What was measured for ``problem``, or for another batch of its bucket; the file is read at the first call."""
+    global _entries
+    name = key(problem)
+    if name is None:
+        return None
+    if _entries is None:
+        _entries = read(cache_path())
+    return _entries.get(name)
+
+
+def load(path: str | os.PathLike[str] | None = None) -> None:
+    """Read the cache file again, in place of what this process knew."""
+    global _entries, generation
+    _entries = read(cache_path(path))
+    generation += 1
+
+
+def read(path: Path) -> dict[str, Entry]:
+    """The entries of a cache file; none, with a warning, if it is unreadable or corrupt."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format = {content['format']!r}, expected {FORMAT}")
+        entries = {name: Entry(**entry) for name, entry in content["entries"].items()}
+        for name, entry in entries.items():
+            if not isinstance(entry.backend, str) or not isinstance(entry.tile, str | None):
+                raise ValueError(f"{entry} of {name!r}: expected names")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"tuning cache {path} is ignored: {type(error).__name__}: {error}", stacklevel=2)
+        return {}
+    return entries
+
+
+def store(entries: Mapping[str, Entry], path: str | os.PathLike[str] | None = None) -> None:
+    """Add ``entries``, by :func:`key`, to what this process knows and to the cache file.
+
+    Entries that other processes wrote meanwhile stay. Where the file cannot be written there is a warning.
+    """
+    global _entries, generation
+    target = cache_path(path)
+    _entries = {**(read(target) if _entries is None else _entries), **entries}
+    generation += 1
+    try:
+        with _locked(target):
+            _replace(target, {**read(target), **entries})
+    except OSError as error:
+        warnings.warn(f"tuning cache {target} is not written: {error}", stacklevel=2)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock file beside ``target``: the replaced file itself cannot be what is locked."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        try:
+            import fcntl
+        except ImportError:
+            # Not a POSIX system: the last of two simultaneous writers wins, and the file stays whole.
+            yield
+            return
+        # Closing the file releases it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(target: Path, entries: Mapping[str, Entry]) -> None:
+    """Write beside ``target`` and rename, so that a reader sees the old file or the new one."""
+    content = {"format": FORMAT, "entries": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+    descriptor, partial = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -1,0 +1,472 @@
+"""The compiled kernels on a GPU: values over a broad family of shapes, what they refuse, and how they run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structlayers import Chain, KSLinear, Layout, Pattern, ks_chain, ks_linear
+from structlayers._extension import built_for_sm90a, why_missing
+from structlayers.backends import cuda
+from structlayers.backends.tiles import TILES_16BIT, TILES_32BIT, Tile, tiles_for
+from structlayers.bench.products import float32_precision
+from structlayers.bench.verify import agreement
+from structlayers.errors import BackendError, ShapeError
+from structlayers.problem import ACTIVATIONS, Problem
+from structlayers.reference import reference
+from structlayers.tolerances import tolerance
+
+NO_GPU = "no CUDA device" if not torch.cuda.is_available() else why_missing()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+
+DEVICE = torch.device("cuda")
+CAPABILITY = (8, 0) if NO_GPU else torch.cuda.get_device_capability()
+LAYOUTS = ("batch_first", "batch_last")
+KINDS = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+}
+EPILOGUES = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+STRIDES = ("contiguous", "transposed", "sliced", "wide", "expanded")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One product to check: what the kernel is told, and in which memory its input lies."""
+
+    problem: Problem
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
+    strides: str
+
+
+def strided(x: Tensor, kind: str) -> Tensor:
+    """The same values in other memory; everything around them is NaN."""
+    rows, columns = x.shape
+    if kind == "transposed":
+        return x.T.contiguous().T
+    if kind == "sliced":
+        around = x.new_full((rows, 2 * columns + 1), float("nan"))
+        around[:, 1::2] = x
+        return around[:, 1::2]
+    if kind == "wide":
+        # Rows of another length, beginning at an address that is aligned to nothing.
+        around = x.new_full((rows + 2, columns + 3), float("nan"))
+        around[1:-1, 1:-2] = x
+        return around[1:-1, 1:-2]
+    if kind == "expanded":
+        return x[:1].expand(rows, columns)
+    return x
+
+
+def poison(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Leave NaN in memory of the output's size, which the allocator hands out next: what nobody writes is seen."""
+    torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float32, device=DEVICE, generator=generator).to(dtype)
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    """The float64 oracle, batch-first."""
+    padded = call.problem.pattern.in_features
+    rows = (x if call.problem.layout is Layout.BATCH_FIRST else x.T).double()
+    y = reference(F.pad(rows, (0, padded - call.in_features)), weight.double())[:, : call.out_features]
+    return EPILOGUES[call.activation](y if bias is None else y + bias.double())
+
+
+def check(call: Call, tiles: Sequence[Tile], seed: int = 0) -> None:
+    problem, pattern, dtype = call.problem, call.problem.pattern, call.problem.dtype
+    first = problem.layout is Layout.BATCH_FIRST
+    shape = (problem.n, call.in_features) if first else (call.in_features, problem.n)
+    out_shape = (problem.n, call.out_features) if first else (call.out_features, problem.n)
+    x = strided(draw(*shape, dtype=dtype, seed=seed), call.strides)
+    weight = draw(*pattern.weight_shape, dtype=dtype, seed=seed + 1) * pattern.c**-0.5
+    bias = draw(call.out_features, dtype=dtype, seed=seed + 2) if call.bias else None
+    truth = expected(x, weight, bias, call)
+    # Bias is one more term; activations are rounded once more, and where they are flat the error is relative to less.
+    bound = tolerance(
+        dtype,
+        pattern.c + 1,
+        1 if call.activation == "none" else 2,
+        float32_precision="high" if problem.tf32 else "highest",
+    )
+    for tile in tiles:
+        product = cuda.prepare(problem, call.activation, call.out_features, tile)
+        poison(out_shape, dtype)
+        y = product(x, weight, bias)
+        where = f"{tile.name}: {call}"
+        assert (y.shape, y.dtype, y.is_contiguous()) == (out_shape, dtype, True), where
+        value = y if first else y.T
+        if not truth.any():
+            assert not value.any(), where
+            continue
+        found = agreement(value, truth, bound)
+        assert found.agrees, f"{where}: {found}"
+
+
+SIZES = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 48, 61, 64, 65, 96, 127, 128, 130)
+BATCHES = (1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 257)
+
+
+def family(kind: str, layout: str, count: int, seed: int) -> Iterator[Call]:
+    """Random problems, most of them with sizes that divide nothing."""
+    dtype, tf32 = KINDS[kind]
+    pick = random.Random(seed)
+    for _ in range(count):
+        pattern = Pattern(
+            pick.choice((1, 1, 2, 3, 5)),
+            pick.choice(SIZES),
+            pick.choice(SIZES),
+            pick.choice((1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)),
+        )
+        problem = Problem(pattern, pick.choice(BATCHES), dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
+        pads = pick.random() < 0.4
+        yield Call(
+            problem,
+            pick.randint(1, pattern.in_features) if pads else pattern.in_features,
+            pick.randint(1, pattern.out_features) if pads else pattern.out_features,
+            pick.random() < 0.5,
+            pick.choice(ACTIVATIONS),
+            pick.choice(STRIDES),
+        )
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_every_tile(kind, layout):
+    for seed, call in enumerate(family(kind, layout, 60, seed=list(KINDS).index(kind))):
+        check(call, tiles_for(call.problem, built_for_sm90a()), seed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_aligned_and_large_problems(kind, layout):
+    """Several tiles along every index, whole ones and rests; every tile, the vector paths among them."""
+    dtype, tf32 = KINDS[kind]
+    for entries, n in (
+        ((1, 128, 128, 4), 512),
+        ((2, 256, 64, 16), 300),
+        ((3, 48, 192, 8), 1000),
+        ((1, 1024, 1024, 1), 257),
+        ((4, 272, 144, 2), 1025),
+        ((64, 16, 16, 16), 700),
+        ((1, 2, 2, 512), 513),
+        ((2, 384, 96, 12), 4096),
+    ):
+        pattern = Pattern(*entries)
+        problem = Problem(pattern, n, dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
+        call = Call(problem, pattern.in_features, pattern.out_features, True, "none", "contiguous")
+        check(call, tiles_for(problem, built_for_sm90a()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_combination_of_strides_padding_bias_and_activation(kind):
+    dtype, tf32 = KINDS[kind]
+    pattern = Pattern(2, 24, 40, 4)
+    for layout, strides, bias, activation, pads in itertools.product(
+        LAYOUTS, STRIDES, (False, True), ACTIVATIONS, (0, 8, 13)
+    ):
+        problem = Problem(pattern, 70, dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
+        call = Call(problem, pattern.in_features - pads, pattern.out_features - pads, bias, activation, strides)
+        check(call, [cuda.tile_of(problem)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_and_biases_in_other_memory(layout):
+    x, w = draw(24, 24, dtype=torch.float16), draw(1, 4, 5, 6, dtype=torch.float16)
+    bias = draw(20, dtype=torch.float16)
+    y = ks_linear(x, w, bias, layout=layout, backend="cuda")
+    other_w, other_bias = w.mT.contiguous().mT, torch.stack((bias, bias + 1), 1)[:, 0]
+    assert not other_w.is_contiguous() and not other_bias.is_contiguous()
+    assert torch.equal(ks_linear(x, other_w, other_bias, layout=layout, backend="cuda"), y)
+    # A weight that begins at an odd address.
+    shifted = torch.cat((w.new_zeros(1), w.flatten()))[1:].view(w.shape)
+    assert torch.equal(ks_linear(x, shifted, bias, layout=layout, backend="cuda"), y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch(kind, layout):
+    dtype, _ = KINDS[kind]
+    w, bias = draw(1, 4, 5, 6, dtype=dtype), draw(20, dtype=dtype)
+    x = draw(0, 24, dtype=dtype) if layout == "batch_first" else draw(24, 0, dtype=dtype)
+    y = ks_linear(x, w, bias, layout=layout, backend="cuda")
+    assert y.shape == ((0, 20) if layout == "batch_first" else (20, 0))
+    torch.cuda.synchronize()
+
+
+def test_float32_is_as_accurate_as_cublas():
+    for c in (64, 256, 1024):
+        pattern = Pattern(2, 128, c, 4)
+        x, w = draw(2048, pattern.in_features, dtype=torch.float32), draw(*pattern.weight_shape, dtype=torch.float32)
+        truth = reference(x.double(), w.double())
+        with float32_precision(False):
+            errors = [float((ks_linear(x, w, backend=name) - truth).norm()) for name in ("cuda", "bmm")]
+        assert errors[0] <= 2 * errors[1], f"c = {c}"
+
+
+def test_tf32_only_where_it_is_allowed():
+    x, w = draw(512, 1024, dtype=torch.float32), draw(1, 4, 256, 256, dtype=torch.float32)
+    truth = reference(x.double(), w.double())
+    errors = {}
+    for tf32 in (False, True):
+        with float32_precision(tf32):
+            errors[tf32] = float((ks_linear(x, w, backend="cuda") - truth).norm() / truth.norm())
+    assert errors[False] < 2e-6
+    assert 1e-5 < errors[True] < 1e-3
+
+
+def test_extreme_values():
+    """Infinities and NaN stay in their rows; large float32 numbers do not overflow on the way through the split."""
+    x, w = draw(40, 64, dtype=torch.float32), draw(1, 2, 32, 32, dtype=torch.float32)
+    for factor in (1e30, 1e-30):
+        y = ks_linear(x * factor, w, backend="cuda")
+        assert agreement(y / factor, reference(x.double(), w.double()), tolerance(torch.float32, 32)).agrees
+    x[3, 5], x[7, 9] = float("inf"), float("nan")
+    y = ks_linear(x, w, backend="cuda")
+    bad = ~torch.isfinite(y).all(1)
+    assert bad.nonzero().flatten().tolist() == [3, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_beyond_two_to_the_31(layout):
+    pattern, n = Pattern(2, 64, 64, 8), 2**21 + 5
+    shape = (n, pattern.in_features) if layout == "batch_first" else (pattern.in_features, n)
+    if torch.cuda.mem_get_info()[0] < 4 * 2 * shape[0] * shape[1]:
+        pytest.skip("too little free GPU memory")
+    x, w = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16), draw(*pattern.weight_shape, dtype=torch.bfloat16)
+    y = ks_linear(x, w, layout=layout, backend="cuda")
+    for rows in (slice(0, 64), slice(n // 2, n // 2 + 64), slice(n - 64, n)):
+        part, out = (x[rows], y[rows]) if layout == "batch_first" else (x[:, rows].T, y[:, rows].T)
+        found = agreement(out, reference(part.double(), w.double()), tolerance(torch.bfloat16, 64))
+        assert found.agrees, str(found)
+
+
+# ---- gradients, chains, layers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_gradients(layout, activation):
+    pattern, n = Pattern(2, 5, 7, 3), 19
+    x = draw(n, pattern.in_features, dtype=torch.float32)
+    leaves = [x if layout == "batch_first" else x.T.contiguous(), draw(*pattern.weight_shape, dtype=torch.float32)]
+    leaves.append(draw(pattern.out_features, dtype=torch.float32))
+    dy = draw(n, pattern.out_features, dtype=torch.float32, seed=9)
+    dy = dy if layout == "batch_first" else dy.T
+
+    def grads(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        own = [leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves]
+        y = ks_linear(*own, layout=layout, backend=backend, activation=activation)
+        return torch.autograd.grad(y, own, dy.to(dtype))
+
+    for found, truth in zip(grads("cuda", torch.float32), grads("reference", torch.float64), strict=True):
+        assert agreement(found, truth, tolerance(torch.float32, 64, 4)).agrees
+
+
+def test_a_padded_chain_as_a_layer():
+    chain = Chain.monarch(100, 130, blocks=4, rank=6)
+    layer = KSLinear(chain, backend="cuda", device=DEVICE, dtype=torch.bfloat16, activation="silu")
+    oracle = KSLinear(chain, backend="reference", device=DEVICE, dtype=torch.float64, activation="silu")
+    oracle.load_state_dict(layer.state_dict())
+    assert layer.resolved_backends(33) == ["cuda", "cuda"]
+    x = draw(3, 11, 100, dtype=torch.bfloat16)
+    bound = tolerance(torch.bfloat16, max(p.c for p in chain), 4)
+    truth = oracle(x.double())
+    assert agreement(layer(x), truth, bound).agrees
+    with torch.inference_mode():
+        assert agreement(layer(x), truth, bound).agrees
+
+
+def test_auto_may_take_the_kernels_and_says_so():
+    layer = KSLinear("(4,128,128,16)", device=DEVICE, dtype=torch.float16)
+    (name,) = layer.resolved_backends(4096)
+    assert name in ("cuda", "bmm", "dense", "einsum")
+    x = draw(4096, layer.in_features, dtype=torch.float16)
+    chosen = KSLinear("(4,128,128,16)", backend=name, device=DEVICE, dtype=torch.float16)
+    chosen.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), chosen(x))
+
+
+def test_autocast_casts():
+    x, w = draw(9, 24, dtype=torch.float32), draw(1, 4, 5, 6, dtype=torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = ks_linear(x, w, backend="cuda")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, ks_linear(x.bfloat16(), w.bfloat16(), backend="cuda"))
+
+
+# ---- what is refused
+
+
+def test_wrong_inputs_are_errors_and_the_process_goes_on():
+    x, w = draw(9, 24, dtype=torch.float16), draw(1, 4, 5, 6, dtype=torch.float16)
+    right = ks_linear(x, w, backend="cuda")
+    wrong = (
+        (ShapeError, "expected 24 features", lambda: ks_linear(x[:, :-1], w, backend="cuda")),
+        (ShapeError, "expected one dtype", lambda: ks_linear(x, w.float(), backend="cuda")),
+        (ShapeError, "expected one device", lambda: ks_linear(x, w.cpu(), backend="cuda")),
+        (ShapeError, "bias of shape", lambda: ks_linear(x, w, x[0], backend="cuda")),
+        (ShapeError, "out_features = 21", lambda: ks_linear(x, w, backend="cuda", out_features=21)),
+        (BackendError, "no torch.float64", lambda: ks_linear(x.double(), w.double(), backend="cuda")),
+        (BackendError, "on cpu: expected cuda", lambda: ks_linear(x.cpu(), w.cpu(), backend="cuda")),
+    )
+    for error, message, call in wrong:
+        with pytest.raises(error, match=message):
+            call()
+        assert torch.equal(ks_linear(x, w, backend="cuda"), right)
+
+
+def test_the_operator_itself_checks_what_could_crash():
+    kernel = torch.ops.structlayers.cuda_product
+    x, w = draw(9, 24, dtype=torch.float16), draw(1, 4, 5, 6, dtype=torch.float16)
+    right = kernel(x, w, None, 20, False, 0, False, 1)
+    for arguments in (
+        (x, w, None, 20, False, 0, False, 99),  # no such tile
+        (x, w, None, 21, False, 0, False, 1),
+        (x[0], w, None, 20, False, 0, False, 1),
+        (draw(9, 25, dtype=torch.float16), w, None, 20, False, 0, False, 1),
+        (x.T.contiguous().T, w, None, 20, False, 0, False, 1),
+        (x, w.mT.contiguous().mT, None, 20, False, 0, False, 1),
+        (x.double(), w.double(), None, 20, False, 0, False, 1),
+    ):
+        with pytest.raises(RuntimeError, match="structlayers: "):
+            kernel(*arguments)
+        assert torch.equal(kernel(x, w, None, 20, False, 0, False, 1), right)
+
+
+def test_every_number_of_the_tables_is_compiled():
+    w = {dtype: draw(1, 4, 5, 6, dtype=dtype) for dtype in (torch.float16, torch.float32)}
+    for dtype, table in ((torch.float16, TILES_16BIT), (torch.float32, TILES_32BIT)):
+        for tile in table:
+            x = draw(24, 24, dtype=dtype)
+            last = tile.layout is Layout.BATCH_LAST
+            for split in (False, True) if dtype == torch.float32 else (False,):
+                y = torch.ops.structlayers.cuda_product(x, w[dtype], None, 20, last, 0, split, tile.number)
+                assert torch.isfinite(y).all()
+
+
+# ---- how it runs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_captured_graph_replays(layout):
+    x, w, bias = (draw(*shape, dtype=torch.float16) for shape in ((24, 24), (1, 4, 5, 6), (20,)))
+    ks_linear(x, w, bias, layout=layout, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ks_linear(x, w, bias, layout=layout, backend="cuda")
+    for seed in (1, 2):
+        x.copy_(draw(24, 24, dtype=torch.float16, seed=seed))
+        graph.replay()
+        assert torch.equal(y, ks_linear(x, w, bias, layout=layout, backend="cuda"))
+
+
+def test_the_first_call_may_be_a_captured_one():
+    """Nothing that a first call does (choosing, looking up, setting attributes) breaks a capture."""
+    x, w = draw(77, 3 * 19 * 6, dtype=torch.bfloat16), draw(3, 6, 23, 19, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ks_linear(x, w, backend="cuda")
+    graph.replay()
+    assert torch.equal(y, ks_linear(x, w, backend="cuda"))
+
+
+def test_it_runs_on_the_current_stream():
+    data, w = draw(64, 24, dtype=torch.float16), draw(1, 4, 5, 6, dtype=torch.float16)
+    right, x = ks_linear(data, w, backend="cuda"), torch.zeros_like(data)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # The input arrives late on this stream; on any other the kernel would see zeros.
+        torch.cuda._sleep(100_000_000)
+        x.copy_(data)
+        y = ks_linear(x, w, backend="cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, right)
+
+
+def test_it_neither_waits_nor_allocates_more_than_its_output():
+    x, w, bias = (draw(*shape, dtype=torch.float16) for shape in ((64, 24), (1, 4, 5, 6), (20,)))
+    ks_linear(x, w, bias, backend="cuda")
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ks_linear(x, w, bias, backend="cuda", activation="gelu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_it_runs_on_the_device_of_its_input():
+    x, w = draw(64, 24, dtype=torch.float16), draw(1, 4, 5, 6, dtype=torch.float16)
+    y = ks_linear(x.to("cuda:1"), w.to("cuda:1"), backend="cuda")
+    assert y.device == torch.device("cuda:1")
+    assert torch.equal(y.to(DEVICE), ks_linear(x, w, backend="cuda"))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_whole_with_a_dynamic_batch(compiler):
+    if compiler == "inductor":
+        pytest.importorskip("triton")
+    weights = [draw(1, 4, 5, 6, dtype=torch.float32), draw(4, 1, 6, 7, dtype=torch.float32)]
+    weights = [w.requires_grad_() for w in weights]
+    bias = draw(20, dtype=torch.float32).requires_grad_()
+
+    def function(x: Tensor) -> Tensor:
+        return ks_chain(x * 2, weights, bias, activation="gelu", backend="cuda") + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    for n in (5, 33, 128):
+        x = draw(n, 28, dtype=torch.float32, seed=n).requires_grad_()
+        y, right = compiled(x), function(x)
+        torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-4)
+        for found, truth in zip(
+            torch.autograd.grad(y.sum(), [x, *weights]), torch.autograd.grad(right.sum(), [x, *weights]), strict=True
+        ):
+            torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n", [0, 5])
+def test_opcheck(n, layout):
+    x = draw(n, 24, dtype=torch.float32) if layout == "batch_first" else draw(24, n, dtype=torch.float32)
+    w, bias = draw(1, 4, 5, 6, dtype=torch.float32).requires_grad_(), draw(20, dtype=torch.float32).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.structlayers.ks_linear, (x.requires_grad_(), w, bias, None, None, layout, "gelu", "cuda")
+    )
+
+
+def test_a_tile_of_the_tuning_cache_gives_the_same_numbers():
+    problem = Problem(Pattern(2, 40, 24, 6), 300, torch.float16, "cuda", Layout.BATCH_FIRST)
+    x, w = draw(300, 288, dtype=torch.float16), draw(*problem.pattern.weight_shape, dtype=torch.float16)
+    outputs = [cuda.prepare(problem, "none", 480, tile)(x, w, None) for tile in tiles_for(problem, built_for_sm90a())]
+    for y in outputs[1:]:
+        assert agreement(y, outputs[0].double(), tolerance(torch.float16, 24, 2)).agrees
+    assert cuda.tile_of(problem) == cuda.tile_of(replace(problem))

@@ -1,0 +1,88 @@
+"""The choice of a compiled tile: pure, possible for every problem, and of the problem's own layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from structlayers import Layout, Pattern
+from structlayers.backends.auto import GPU_CANDIDATES, choose
+from structlayers.backends.tiles import SMALL_BLOCK, SMALL_BLOCKS, TILES_16BIT, TILES_32BIT, choose_tile, tiles_for
+from structlayers.backends.tuning import Entry
+from structlayers.problem import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 48, 64, 65, 127, 128, 1024)
+# (a, d, n)
+REST = ((1, 1, 1), (7, 1, 300), (1, 2, 300), (3, 2, 64), (1, 3, 65), (128, 4, 25_088), (5, 7, 4096), (1, 64, 99))
+FAMILY = [
+    Problem(Pattern(a, b, c, d), n, dtype, "cuda", layout, tf32, capability=capability)
+    for capability in ((8, 0), (9, 0))
+    for b, c in itertools.product(SIZES, SIZES)
+    for a, d, n in REST
+    for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False))
+    for layout in Layout
+]
+
+
+def test_every_problem_gets_a_tile_that_can_run_it():
+    for problem in FAMILY:
+        tile = choose_tile(problem)
+        assert tile in tiles_for(problem), problem
+        assert tile.layout is problem.layout, problem
+        assert tile.name != SMALL_BLOCKS or problem.pattern.c <= SMALL_BLOCK, problem
+        assert not tile.wgmma or problem.capability == (9, 0), problem
+        assert not choose_tile(problem, wgmma=False).wgmma, problem
+
+
+def test_the_choice_depends_on_the_problem_alone():
+    first = [choose_tile(problem) for problem in FAMILY]
+    choose_tile.cache_clear()
+    torch.manual_seed(1)
+    assert [choose_tile(dataclasses.replace(problem)) for problem in reversed(FAMILY)] == first[::-1]
+
+
+def test_every_tile_is_chosen_somewhere():
+    chosen = {(problem.dtype.itemsize, choose_tile(problem).name) for problem in FAMILY}
+    for itemsize, table in ((2, TILES_16BIT), (4, TILES_32BIT)):
+        assert {name for size, name in chosen if size == itemsize} == {tile.name for tile in table} | {SMALL_BLOCKS}
+
+
+def test_a_tuned_tile_decides_where_it_exists():
+    problem = Problem(Pattern(1, 64, 64, 4), 4096, torch.float16, "cuda", Layout.BATCH_FIRST)
+    for tile in tiles_for(problem):
+        assert choose_tile(problem, tile.name) == tile
+    # A name of another layout, of another version or of nothing.
+    for name in ("last", SMALL_BLOCKS, "run3", "", None):
+        assert choose_tile(problem, name) == choose_tile(problem)
+
+
+@pytest.mark.parametrize("table", [TILES_16BIT, TILES_32BIT], ids=["16bit", "32bit"])
+def test_names_and_numbers_are_distinct_and_those_of_the_kernels(table):
+    numbers = {tile.number for tile in table}
+    assert len(numbers) == len({tile.name for tile in table}) == len(table)
+    compiled = {int(n) for n in re.findall(r"k\w+ = (\d+),", (ROOT / "csrc" / "tiles.h").read_text())}
+    assert numbers | {0} <= compiled
+
+
+# ---- auto on a GPU
+
+
+def test_auto_takes_the_kernels_only_where_they_are():
+    for problem in FAMILY:
+        assert choose(problem) in ("dense", "bmm"), problem
+        assert choose(problem, compiled=True) in ("cuda", "dense", "bmm"), problem
+
+
+def test_a_measured_backend_decides_where_it_can_run():
+    problem = Problem(Pattern(4, 64, 64, 16), 4096, torch.bfloat16, "cuda", Layout.BATCH_FIRST)
+    for name in GPU_CANDIDATES:
+        assert choose(problem, True, Entry(name)) == name
+    assert choose(problem, False, Entry("cuda", "run4")) == choose(problem, False)
+    assert choose(problem, True, Entry("reference")) == choose(problem, True)
