@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from structlayers.backends.bmm import group_size
+from structlayers.backends.tiles import SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.problem import Layout, Problem
 
@@ -88,8 +89,15 @@ GPU_RATES = {
     "tf32": GpuRates(matmul=3.0e14, cuda_first=5.0e13, cuda_last=7.5e13),
     "float32": GpuRates(matmul=5.0e13, cuda_first=2.8e13, cuda_last=4.2e13),
 }
-# Reading and writing everything once, as a share of the copy rate; with d > 1, bmm copies its input and output first.
-CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE = 0.6, 0.7, 0.16
+# Reading and writing everything once, as a share of the copy rate; with d > 1, bmm copies its input and output first,
+# the more slowly the further the elements of a block lie apart.
+CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE, BMM_FAR_SHARE = 0.6, 0.7, 0.16, 0.085
+# The same for the kernel of small blocks, and where runs or rows are not whole 16-byte pieces.
+SMALL_BLOCKS_SHARE, ELEMENTS_SHARE = 0.27, 0.05
+# What the wgmma tiles move between the L2 and the SMs, counted as in `_kernel_s`.
+WGMMA_BYTES_PER_S = 4.6e12
+# A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
+BMM_ROW_BLOCK_S = 4.8e-11
 
 
 def gpu_cost_s(name: str, problem: Problem) -> float:
@@ -101,18 +109,35 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
         elements = pattern.in_features * pattern.out_features
         # The dense weight is filled with zeros, given its values and read.
         moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
-        return 3 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
+        return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
     if name == "bmm":
-        permuted = pattern.d > 1 and not (last and pattern.a == 1)
-        share = BMM_PERMUTED_SHARE if permuted else BMM_SHARE
-        calls = 3 if permuted else 1
-        return calls * CALL_S + max(traffic / COPY_BYTES_PER_S / share, pattern.flops(n) / rates.matmul)
+        arithmetic = max(pattern.flops(n) / rates.matmul, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
+        if pattern.d > 1 and not (last and pattern.a == 1):
+            share = BMM_FAR_SHARE if pattern.d >= 32 and not last else BMM_PERMUTED_SHARE
+            return 3 * CALL_S + traffic / COPY_BYTES_PER_S / share + arithmetic
+        return CALL_S + max(traffic / COPY_BYTES_PER_S / BMM_SHARE, arithmetic)
+    return CALL_S + _kernel_s(problem, rates, traffic)
+
+
+def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
+    """Estimated seconds of the compiled kernel alone; ``traffic`` in bytes, everything read and written once."""
+    _, b, c, d = problem.pattern
+    tile = choose_tile(problem)
+    piece = 16 // problem.dtype.itemsize
+    last = problem.layout is Layout.BATCH_LAST
+    whole = problem.n % piece == 0 if last else b % piece == 0 and c % piece == 0 and (d % piece == 0 or piece % d == 0)
+    if tile.name == SMALL_BLOCKS:
+        return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    if not whole:
+        return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
+    if tile.wgmma:
+        # x once for every tile along j, w once for every tile of the batch, y with its padding through shared memory.
+        tiles_j = -(-b // tile.columns)
+        moved = c * tiles_j + b * c / min(tile.rows, problem.n) + 2 * tile.columns * tiles_j
+        return traffic * moved / (b + c) / WGMMA_BYTES_PER_S
     # Blocks are padded to the tensor cores' tiles.
-    padded = pattern.flops(n) * (-(-pattern.b // 16) * 16 / pattern.b) * (-(-pattern.c // 16) * 16 / pattern.c)
-    rate = rates.cuda_last if last else rates.cuda_first
-    small_blocks = min(pattern.b, pattern.c) < 8
-    arithmetic = 0.0 if small_blocks else padded / rate
-    return CALL_S + max(traffic / COPY_BYTES_PER_S / CUDA_SHARE, arithmetic)
+    padded = problem.pattern.flops(problem.n) * (-(-b // 16) * 16 / b) * (-(-c // 16) * 16 / c)
+    return max(traffic / COPY_BYTES_PER_S / CUDA_SHARE, padded / (rates.cuda_last if last else rates.cuda_first))
 
 
 # What auto chooses from on a GPU; einsum is bmm with more copies, but the tuning cache may know better.
