@@ -25,15 +25,6 @@ CHAINS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order: the same losses every time on one machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def task() -> tuple[Tensor, Tensor]:
     """Classes that a fixed random tanh network gives to 2,048 points."""
