@@ -112,8 +112,7 @@ class BatchFirstHopper : BatchFirstTraffic<Tile> {
   __device__ static __noinline__ void copy_raw_elements(const Product& p, uint32_t destination, int64_t n, int i, int k0, int l0) {
 #pragma unroll 1
     for (int e = 0; e < E; ++e) {
-      // l0 is a multiple of min(DL, E) from the first l of the tile.
-      const int k = k0 + e / (Tile::DL < E ? Tile::DL : E), l = l0 + e % (Tile::DL < E ? Tile::DL : E);
+      const int k = k0 + e / G, l = l0 + e % G;
       const int64_t column = (static_cast<int64_t>(i) * p.c + k) * p.d + l;
       const bool inside = n >= 0 && k < p.c && l < p.d && column < p.in_features;
       store_shared_element<Size>(destination + e * Size, inside ? load_bits<Size>(p.x, n * p.x_stride + column) : 0);

@@ -6,7 +6,6 @@
 namespace structlayers {
 
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
-enum ElementType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // y[n, (i*b + j)*d + l] = activation(sum_k w[i, l, j, k] * x[n, (i*c + k)*d + l] + bias[(i*b + j)*d + l])
 struct Product {

@@ -15,12 +15,6 @@ __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return static_cast<uint32_t>((row * Chunks + (chunk ^ ((row / (8 / Chunks)) & (Chunks - 1)))) * 16);
 }
 
-// Bits of the two 16-bit halves `low` (of word a) and `high` (of word b); 0 is the lower half of a word.
-template <int LowHalf, int HighHalf>
-__device__ __forceinline__ uint32_t pack_halves(uint32_t a, uint32_t b) {
-  return __byte_perm(a, b, (HighHalf ? 0x7600 : 0x5400) | (LowHalf ? 0x32 : 0x10));
-}
-
 // A transpose unit: E = 16 / sizeof(element) neighbours along k (or j) times G neighbours along l. Interleaved, as in
 // global memory: flat position k * G + l. Separate: for every l, the E values of k in 16 bytes.
 template <int Size, int G>
