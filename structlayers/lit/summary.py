@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from structlayers.bench import cost
 from structlayers.nn import KSLinear
 
 METRICS = {
@@ -42,14 +42,13 @@ def example_input(task: str, model_args: dict[str, Any]) -> Tensor:
     return torch.zeros(1, model_args["context_length"], dtype=torch.long)
 
 
-@torch.no_grad()
 def count_flops(model: nn.Module, x: Tensor) -> int:
-    """FLOPs of one forward pass, as torch counts them: two per multiply-add of the matrix products."""
+    """FLOPs of one forward pass in evaluation mode, counted as ``infer.py`` counts them."""
     training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(x)
+    model.eval()
+    flops = cost.count_flops(lambda: model(x))
     model.train(training)
-    return counter.get_total_flops()
+    return flops
 
 
 def disguised_chains(model: nn.Module) -> tuple[str, ...]:

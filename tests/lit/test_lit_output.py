@@ -10,10 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from structlayers import Chain, KSLinear
+from structlayers.bench import cost
 from structlayers.lit import LitModule
 from structlayers.lit.callbacks import ProgressBar
 from structlayers.lit.loggers import CSVLogger
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, format_table, summarise
+from structlayers.models import GPT
 
 
 def rows_of(path):
@@ -65,6 +67,13 @@ def test_flops_of_dense_and_structured_layers():
     x = torch.zeros(1, 64)
     assert count_flops(nn.Linear(64, 32), x) == 2 * 64 * 32
     assert count_flops(KSLinear(chain), x) == chain.flops(1)
+
+
+def test_flops_of_training_and_inference_agree():
+    model, tokens = GPT(256, 16, dim=32, depth=1, heads=2).eval(), torch.zeros(1, 16, dtype=torch.long)
+    linears = sum(2 * 16 * layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    # Scores and weighted sums of the attention.
+    assert count_flops(model, tokens) == cost.count_flops(lambda: model(tokens)) == linears + 2 * 2 * 16 * 16 * 32
 
 
 def test_flops_leave_the_mode_of_the_model():
