@@ -6,10 +6,8 @@ The tensors are the model's state dict, a tied tensor once; the metadata hold, a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from structlayers.errors import BackendError, ChainError, CheckpointError
+from structlayers.files import replace_file
 from structlayers.nn import KSLinear
 from structlayers.patterns import Chain
 from structlayers.surgery import as_linear, dress, install
@@ -54,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     layers = {name: asdict(_Layer.of(module)) for name, module in model.named_modules() if isinstance(module, KSLinear)}
     metadata = {"format": "pt", _VERSION: FORMAT_VERSION, _LAYERS: json.dumps(layers), _TIED: json.dumps(tied)}
     try:
-        _replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not written: {error}") from error
     return path
@@ -265,34 +264,6 @@ def _identity(tensor: Tensor) -> object:
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in its place in one step."""
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        # safetensors makes its files private to the user; an ordinary file has the mode that the umask gives.
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The file is in place; the rename itself survives a power cut once the folder is on disk too.
-    with contextlib.suppress(OSError):
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from structlayers import Chain, KSLinear, checkpoint
+from structlayers import Chain, KSLinear, checkpoint, files
 from structlayers.checkpoint import load, save
 from structlayers.errors import CheckpointError
 from structlayers.surgery import swap_linears
@@ -319,8 +319,8 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
     assert path.read_bytes() == former
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync"])
-def test_an_interruption_leaves_the_former_file(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("module, step", [(checkpoint, "save_file"), (files, "_sync")], ids=["save_file", "_sync"])
+def test_an_interruption_leaves_the_former_file(tmp_path, monkeypatch, module, step):
     path = tmp_path / "m.safetensors"
     save(swapped(), path)
     former = path.read_bytes()
@@ -328,7 +328,7 @@ def test_an_interruption_leaves_the_former_file(tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, step, interrupt)
+    monkeypatch.setattr(module, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(swapped().double(), path)
     assert os.listdir(tmp_path) == [path.name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from structlayers.files import replace_file
 from structlayers.problem import Problem
 
 ENVIRONMENT = "STRUCTLAYERS_TUNING_CACHE"
@@ -153,13 +153,5 @@ def _locked(target: Path) -> Iterator[None]:
 def _replace(target: Path, entries: Mapping[str, Entry]) -> None:
     """Write beside ``target`` and rename, so that a reader sees the old file or the new one."""
     content = {"format": FORMAT, "entries": {name: asdict(entry) for name, entry in sorted(entries.items())}}
-    descriptor, partial = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    text = json.dumps(content, indent=1)
+    replace_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))

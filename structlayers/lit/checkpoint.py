@@ -1,8 +1,6 @@
 """Training checkpoints: written whole or not at all, and read with errors that say what is wrong with the file."""
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from structlayers.errors import CheckpointError
+from structlayers.files import replace_file
 
 _FACTOR = re.compile(r"(.*)\.factors\.(\d+)$")
 
@@ -28,16 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from structlayers.errors import ConfigError
+from structlayers.files import replace_file
 
 
 class CSVLogger(Logger):
@@ -57,12 +57,14 @@ class CSVLogger(Logger):
                 rows = list(reader)
         self._columns = list(dict.fromkeys([*self._columns, *row]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        replace_file(self.path, write)
 
 
 def wandb_logger(**options: Any) -> WandbLogger:
