@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "pair.h"
 #include "tiles.h"
 
 namespace structlayers {
@@ -43,6 +44,18 @@ cudaStream_t current_stream(int32_t device) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// A contiguous matrix of the dtype and device of `like`.
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+  int32_t dtype = 0, device_type = 0;
+  aoti_torch_get_dtype(like.get(), &dtype);
+  aoti_torch_get_device_type(like.get(), &device_type);
+  AtenTensorHandle handle = nullptr;
+  require(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, like.get_device_index(), &handle) == AOTI_TORCH_SUCCESS,
+          "could not allocate an output of " + std::to_string(rows) + " x " + std::to_string(columns));
+  return Tensor(handle);
+}
+
 // x (N, in) or, batch-last, (in, N), the last dimension with stride 1; weight (a, d, b, c) contiguous; bias (out,) or none.
 // Returns (N, out) or (out, N), contiguous.
 Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
@@ -59,15 +72,7 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
 
-  const int64_t sizes[2] = {batch_last ? out_features : n, batch_last ? n : out_features};
-  const int64_t strides[2] = {sizes[1], 1};
-  int32_t dtype = 0, device_type = 0;
-  aoti_torch_get_dtype(x.get(), &dtype);
-  aoti_torch_get_device_type(x.get(), &device_type);
-  AtenTensorHandle handle = nullptr;
-  require(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle) == AOTI_TORCH_SUCCESS,
-          "could not allocate an output of " + std::to_string(sizes[0]) + " x " + std::to_string(sizes[1]));
-  Tensor y(handle);
+  Tensor y = batch_last ? empty_matrix(x, out_features, n) : empty_matrix(x, n, out_features);
   if (n == 0) return y;
 
   Product p{};
@@ -77,7 +82,7 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   p.y = y.data_ptr();
   p.n = n;
   p.x_stride = x.stride(0);
-  p.y_stride = strides[0];
+  p.y_stride = batch_last ? n : out_features;
   p.in_features = in_features;
   p.out_features = out_features;
   p.a = static_cast<int>(a);
@@ -113,6 +118,64 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   return y;
 }
 
+// x (N, in), stride 1 in the last dimension; left (a, d, b, rank*alpha) and right (a*alpha, 1, rank*d, c), a chainable pair,
+// contiguous; bias (out,) or none; float16 or bfloat16. Returns (N, out), contiguous. `tile` as launch_pair_float16 takes it.
+Tensor cuda_pair(const Tensor& x, const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, int64_t out_features,
+                 bool batch_last, int64_t activation, bool, int64_t tile) {
+  require(x.is_cuda() && x.dim() == 2 && left.dim() == 4 && right.dim() == 4, "cuda_pair expects a CUDA matrix and two weights");
+  require(!batch_last, "cuda_pair expects the batch in the first dimension");
+  require(left.is_contiguous() && right.is_contiguous() && (!bias.has_value() || bias->is_contiguous()),
+          "cuda_pair expects contiguous weights and bias");
+  const int64_t a = left.size(0), delta = left.size(1), b = left.size(2), k = left.size(3);
+  const int64_t blocks = right.size(0), rows = right.size(2), c = right.size(3);
+  require(right.size(1) == 1, "cuda_pair expects a right factor with d = 1");
+  require(a > 0 && delta > 0 && blocks % a == 0 && rows % delta == 0 && a * k * delta == blocks * rows,
+          "cuda_pair expects a chainable pair");
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  require(a * b * delta <= most && blocks * c <= most && blocks * rows <= most, "more than 2^31 - 1 features");
+  const int64_t in_features = x.size(1), n = x.size(0);
+  require(in_features <= blocks * c && out_features <= a * b * delta, "more features than the pair has");
+  require(n <= most - 64, "more than 2^31 - 65 rows");
+  require(in_features <= 1 || x.stride(1) == 1, "cuda_pair expects stride 1 in the last dimension of x");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor y = empty_matrix(x, n, out_features);
+  if (n == 0) return y;
+
+  Pair p{};
+  p.x = x.data_ptr();
+  p.left = left.data_ptr();
+  p.right = right.data_ptr();
+  p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
+  p.y = y.data_ptr();
+  p.n = n;
+  p.x_stride = x.stride(0);
+  p.y_stride = out_features;
+  p.in_features = in_features;
+  p.out_features = out_features;
+  p.groups = static_cast<int>(a);
+  p.alpha = static_cast<int>(blocks / a);
+  p.delta = static_cast<int>(delta);
+  p.rank = static_cast<int>(rows / delta);
+  p.b = static_cast<int>(b);
+  p.c = static_cast<int>(c);
+  p.activation = static_cast<int>(activation);
+  p.y_aligned = aligned(p.y) && p.y_stride % 8 == 0;
+  require(aligned(p.x) && aligned(p.left) && aligned(p.right) && p.x_stride % 8 == 0 && c % 8 == 0 && k % 8 == 0,
+          "cuda_pair expects rows of whole 16-byte pieces");
+  require(delta == 1 || delta == 2 || delta == 4 || delta % 8 == 0, "cuda_pair expects d of left to be 1, 2, 4 or a multiple of 8");
+  const cudaStream_t stream = current_stream(device);
+  const ScalarType type = x.scalar_type();
+  require(type == ScalarType::Half || type == ScalarType::BFloat16, "cuda_pair knows float16 and bfloat16");
+  const cudaError_t error = type == ScalarType::Half ? launch_pair_float16(p, static_cast<int>(tile), stream)
+                                                     : launch_pair_bfloat16(p, static_cast<int>(tile), stream);
+  require(error == cudaSuccess, "the pair (" + std::to_string(a) + "," + std::to_string(b) + "," + std::to_string(k) + "," +
+                                    std::to_string(delta) + ")(" + std::to_string(blocks) + "," + std::to_string(rows) + "," +
+                                    std::to_string(c) + ",1) did not start with tile " + std::to_string(tile) + ": " +
+                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  return y;
+}
+
 }  // namespace
 }  // namespace structlayers
 
@@ -127,4 +190,5 @@ extern "C" int structlayers_built_for_sm90a() {
 
 STABLE_TORCH_LIBRARY_IMPL(structlayers, CUDA, library) {
   library.impl("cuda_product", TORCH_BOX(&structlayers::cuda_product));
+  library.impl("cuda_pair", TORCH_BOX(&structlayers::cuda_pair));
 }

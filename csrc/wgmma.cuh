@@ -11,11 +11,16 @@ __device__ __forceinline__ void fence_shared_for_wgmma() { asm volatile("fence.p
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+
+// Until all but the last `Pending` committed groups are done.
+template <int Pending = 0>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(Pending) : "memory");
+}
 
 // Descriptor of a tile whose rows hold KB = 32, 64 or 128 bytes of K; `address` may point 32 bytes further per k-step.
 template <int KB>
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
+__host__ __device__ constexpr uint64_t wgmma_descriptor(uint32_t address) {
   static_assert(KB == 32 || KB == 64 || KB == 128);
   constexpr uint64_t mode = KB == 128 ? 1 : KB == 64 ? 2 : 3, group = 8 * KB;  // swizzle, bytes from eight rows to the next
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | (group >> 4) << 32 | mode << 62;
@@ -26,6 +31,40 @@ template <typename T, int N>
 struct Wgmma;
 
 // The accumulators must be named one by one, so there is one macro for every N, for both types.
+
+#define STRUCTLAYERS_WGMMA_8(T, TYPE)                                                                       \
+template <>                                                                                                 \
+struct Wgmma<T, 8> {                                                                                        \
+  __device__ static __forceinline__ void multiply(float (&acc)[1][4], uint64_t a, uint64_t b, bool fresh) { \
+    asm volatile(                                                                                           \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %6, 0;\n"                                       \
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE " "                                      \
+        "{%0, %1, %2, %3}, "                                                                                \
+        "%4, %5, accumulate, 1, 1, 0, 0;\n}\n"                                                              \
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3])                                \
+        : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));                                                    \
+  }                                                                                                         \
+};
+STRUCTLAYERS_WGMMA_8(__half, "f16")
+STRUCTLAYERS_WGMMA_8(__nv_bfloat16, "bf16")
+#undef STRUCTLAYERS_WGMMA_8
+
+#define STRUCTLAYERS_WGMMA_16(T, TYPE)                                                                                                           \
+template <>                                                                                                                                      \
+struct Wgmma<T, 16> {                                                                                                                            \
+  __device__ static __forceinline__ void multiply(float (&acc)[2][4], uint64_t a, uint64_t b, bool fresh) {                                      \
+    asm volatile(                                                                                                                                \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %10, 0;\n"                                                                           \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " "                                                                          \
+        "{%0, %1, %2, %3, %4, %5, %6, %7}, "                                                                                                     \
+        "%8, %9, accumulate, 1, 1, 0, 0;\n}\n"                                                                                                   \
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]) \
+        : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));                                                                                         \
+  }                                                                                                                                              \
+};
+STRUCTLAYERS_WGMMA_16(__half, "f16")
+STRUCTLAYERS_WGMMA_16(__nv_bfloat16, "bf16")
+#undef STRUCTLAYERS_WGMMA_16
 
 #define STRUCTLAYERS_WGMMA_32(T, TYPE)                                                                      \
 template <>                                                                                                 \
@@ -47,6 +86,27 @@ struct Wgmma<T, 32> {                                                           
 STRUCTLAYERS_WGMMA_32(__half, "f16")
 STRUCTLAYERS_WGMMA_32(__nv_bfloat16, "bf16")
 #undef STRUCTLAYERS_WGMMA_32
+
+#define STRUCTLAYERS_WGMMA_48(T, TYPE)                                                                                                            \
+template <>                                                                                                                                       \
+struct Wgmma<T, 48> {                                                                                                                             \
+  __device__ static __forceinline__ void multiply(float (&acc)[6][4], uint64_t a, uint64_t b, bool fresh) {                                       \
+    asm volatile(                                                                                                                                 \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %26, 0;\n"                                                                            \
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32." TYPE "." TYPE " "                                                                           \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, "                                                                                                       \
+        "%8, %9, %10, %11, %12, %13, %14, %15, "                                                                                                  \
+        "%16, %17, %18, %19, %20, %21, %22, %23}, "                                                                                               \
+        "%24, %25, accumulate, 1, 1, 0, 0;\n}\n"                                                                                                  \
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]), \
+          "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]), "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]), \
+          "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]), "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3])  \
+        : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));                                                                                          \
+  }                                                                                                                                               \
+};
+STRUCTLAYERS_WGMMA_48(__half, "f16")
+STRUCTLAYERS_WGMMA_48(__nv_bfloat16, "bf16")
+#undef STRUCTLAYERS_WGMMA_48
 
 #define STRUCTLAYERS_WGMMA_64(T, TYPE)                                                                      \
 template <>                                                                                                 \
@@ -74,6 +134,33 @@ struct Wgmma<T, 64> {                                                           
 STRUCTLAYERS_WGMMA_64(__half, "f16")
 STRUCTLAYERS_WGMMA_64(__nv_bfloat16, "bf16")
 #undef STRUCTLAYERS_WGMMA_64
+
+#define STRUCTLAYERS_WGMMA_96(T, TYPE)                                                                                                                   \
+template <>                                                                                                                                              \
+struct Wgmma<T, 96> {                                                                                                                                    \
+  __device__ static __forceinline__ void multiply(float (&acc)[12][4], uint64_t a, uint64_t b, bool fresh) {                                             \
+    asm volatile(                                                                                                                                        \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %50, 0;\n"                                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE " "                                                                                  \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, "                                                                                                              \
+        "%8, %9, %10, %11, %12, %13, %14, %15, "                                                                                                         \
+        "%16, %17, %18, %19, %20, %21, %22, %23, "                                                                                                       \
+        "%24, %25, %26, %27, %28, %29, %30, %31, "                                                                                                       \
+        "%32, %33, %34, %35, %36, %37, %38, %39, "                                                                                                       \
+        "%40, %41, %42, %43, %44, %45, %46, %47}, "                                                                                                      \
+        "%48, %49, accumulate, 1, 1, 0, 0;\n}\n"                                                                                                         \
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),        \
+          "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]), "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),        \
+          "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]), "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),        \
+          "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]), "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3]),        \
+          "+f"(acc[8][0]), "+f"(acc[8][1]), "+f"(acc[8][2]), "+f"(acc[8][3]), "+f"(acc[9][0]), "+f"(acc[9][1]), "+f"(acc[9][2]), "+f"(acc[9][3]),        \
+          "+f"(acc[10][0]), "+f"(acc[10][1]), "+f"(acc[10][2]), "+f"(acc[10][3]), "+f"(acc[11][0]), "+f"(acc[11][1]), "+f"(acc[11][2]), "+f"(acc[11][3]) \
+        : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));                                                                                                 \
+  }                                                                                                                                                      \
+};
+STRUCTLAYERS_WGMMA_96(__half, "f16")
+STRUCTLAYERS_WGMMA_96(__nv_bfloat16, "bf16")
+#undef STRUCTLAYERS_WGMMA_96
 
 #define STRUCTLAYERS_WGMMA_128(T, TYPE)                                                                      \
 template <>                                                                                                  \
