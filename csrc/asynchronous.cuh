@@ -63,6 +63,25 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
                : "memory");
 }
 
+// The same to the same place in every CTA of the cluster whose bit is set in `ctas`; completes on the barrier of each.
+__device__ __forceinline__ void copy_box_to(uint16_t ctas, uint32_t destination, const CUtensorMap& map, uint32_t barrier, int c0,
+                                            int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;\n" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(ctas)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box_to(uint16_t ctas, uint32_t destination, const CUtensorMap& map, uint32_t barrier, int c0,
+                                            int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ctas)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
@@ -105,6 +124,17 @@ __device__ __forceinline__ void cluster_sync() {
 // `threads` threads of the CTA that name the same barrier, 1 to 15.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Registers that a thread of this warpgroup keeps, where the CTA was launched with more, and takes, where with fewer.
+template <int Count>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(Count));
+}
+
+template <int Count>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(Count));
 }
 
 }  // namespace structlayers

@@ -47,7 +47,7 @@ bool pair_shape(const Pair& p, int cluster, int rows1, int rows2, int least_stag
   const int64_t t_bytes = static_cast<int64_t>(s.own_delta) * s.t_blocks * kPairRows * s.t_k * 2;
   if (t_bytes > kPairSharedBytes) return false;
   s.t_bytes = static_cast<int>(t_bytes);
-  const int area = 2 * kPairRows * (rows2 + 16);
+  const int area = kPairRows * pair_y_pitch(rows2, s.left_l) * (s.left_l == 1 ? 2 : 1);
   const auto fit = [&](int areas) {
     const int room = kPairSharedBytes - s.t_bytes - areas * area - 16 * 17;
     s.two_areas = areas == 2;

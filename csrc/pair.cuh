@@ -14,7 +14,7 @@
 //
 // Both operands of every product are K-major, rows of 64 or 128 bytes, swizzled as the copy engine does it.
 //
-// Shared memory: t: delta/C * ceil(alpha*rank / t_k) * 64 * t_k * 2; stages * stage_bytes; y: 128 * (Rows2 + 16) bytes, once or twice.
+// Shared memory: t: delta/C * ceil(alpha*rank / t_k) * 64 * t_k * 2; stages * stage_bytes; y: 64 rows of pair_y_pitch bytes, once or twice.
 // Preconditions (host): compute capability 9.0; 16-byte aligned operands; c, alpha*rank multiples of 8; delta 1, 2, 4 or a
 // multiple of 8; C > 1: delta a multiple of 8*C, alpha of C.
 // Source: the decomposition of a chainable pair is that of arXiv:2411.04506; the kernel is new.
@@ -44,6 +44,12 @@ struct PairShape {
 struct PairMaps {
   CUtensorMap x, right, left;
 };
+
+// Bytes of a row of y in shared memory: its `rows` elements, and what puts the rows of eight lanes into different banks.
+__host__ __device__ constexpr int pair_y_pitch(int rows, int left_l) {
+  const int elements = left_l == 1 ? rows / 2 : rows;
+  return (elements * 2 + 127) / 128 * 128 + (left_l == 4 ? 32 : left_l == 8 ? 64 : 16);
+}
 
 constexpr int kPairRows = 64, kPairConsumers = 256, kPairThreads = kPairConsumers + 32;
 
@@ -250,22 +256,22 @@ class PairKernel {
         store_t_4(place, pack_two<T>(acc[0][g][0], acc[0][g][1]));
         store_t_4(place + below, pack_two<T>(acc[0][g][2], acc[0][g][3]));
       }
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int g = 0; g < N1 / 8; ++g) {
-      // Of an odd rank the two columns may lie in different l, and never form an aligned pair.
+      for (int g = 0; g < N1 / 8; ++g) {
+        // Of an odd rank the two columns may lie in different l, and never form an aligned pair.
 #pragma unroll
-      for (int odd = 0; odd < (R == Rank::kOdd ? 2 : 1); ++odd) {
-        const int column = column0 + g * 8 + odd, dl = column * s.rank_magic >> 16, rho = column - dl * s.ranks;
-        if (column >= columns || l0 + dl >= p.delta || rho0 + rho >= p.rank) continue;
-        const uint32_t place = t_of(l0 + dl) + t_offset(k0 + rho);
-        if constexpr (R == Rank::kEven) {
-          store_t_4(place, pack_two<T>(acc[0][g][0], acc[0][g][1]));
-          store_t_4(place + below, pack_two<T>(acc[0][g][2], acc[0][g][3]));
-        } else {
-          store_t_2(place, pack_two<T>(acc[0][g][odd], 0.f));
-          store_t_2(place + below, pack_two<T>(acc[0][g][2 + odd], 0.f));
+        for (int odd = 0; odd < (R == Rank::kOdd ? 2 : 1); ++odd) {
+          const int column = column0 + g * 8 + odd, dl = column * s.rank_magic >> 16, rho = column - dl * s.ranks;
+          if (column >= columns || l0 + dl >= p.delta || rho0 + rho >= p.rank) continue;
+          const uint32_t place = t_of(l0 + dl) + t_offset(k0 + rho);
+          if constexpr (R == Rank::kEven) {
+            store_t_4(place, pack_two<T>(acc[0][g][0], acc[0][g][1]));
+            store_t_4(place + below, pack_two<T>(acc[0][g][2], acc[0][g][3]));
+          } else {
+            store_t_2(place, pack_two<T>(acc[0][g][odd], 0.f));
+            store_t_2(place + below, pack_two<T>(acc[0][g][2 + odd], 0.f));
+          }
         }
       }
     }
@@ -397,29 +403,39 @@ class PairKernel {
   }
 
   __device__ __forceinline__ void write_y(const float (&acc)[LW][N2 / 8][4], int i, int64_t n0, int j0, int l0, int turn) const {
-    constexpr int Elements = SplitsL ? Rows2 : Rows2 / 2, Pitch = Elements * 2 + 16, Threads = SplitsL ? 256 : 128;
-    const int barrier = SplitsL ? 3 : 1 + group, l_mine = SplitsL ? group * LW : 0;
+    // In shared memory a row is [half][j][LW], the halves of the two warpgroups, or just [j] of one.
+    constexpr int Elements = SplitsL ? Rows2 : Rows2 / 2, Pitch = pair_y_pitch(Rows2, LG), Threads = SplitsL ? 256 : 128;
+    const int barrier = SplitsL ? 3 : 1 + group;
     const uint32_t area = staging + turn * (s.y_bytes >> 1) + (SplitsL ? 0 : group * (kPairRows * Pitch));
-    const uint32_t corner = area + row * Pitch + (lane % 4 * 2 * LG + l_mine) * 2;
+    const uint32_t corner = area + row * Pitch + (SplitsL ? group * Elements : 0) + lane % 4 * (4 * LW);
     // Everybody has read what was here before: with two areas, before the last barrier.
     if (!s.two_areas) sync_threads(barrier, Threads);
 #pragma unroll
     for (int g = 0; g < N2 / 8; ++g) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t place = corner + e / 2 * 8 * Pitch + (g * 8 + e % 2) * LG * 2;
-        if constexpr (LW == 8) {
-          const uint32_t v[4] = {pack_two<T>(acc[0][g][e], acc[1][g][e]), pack_two<T>(acc[2][g][e], acc[3][g][e]),
-                                 pack_two<T>(acc[4][g][e], acc[5][g][e]), pack_two<T>(acc[6][g][e], acc[7][g][e])};
-          store_shared_16(place, v);
-        } else if constexpr (LW == 4) {
-          store_shared_8(place, pack_two<T>(acc[0][g][e], acc[1][g][e]), pack_two<T>(acc[2][g][e], acc[3][g][e]));
+      for (int half = 0; half < 2; ++half) {
+        // Two neighbouring j, LW values of l each.
+        uint32_t v[LW];
+        if constexpr (LW == 1) {
+          v[0] = pack_two<T>(acc[0][g][2 * half], acc[0][g][2 * half + 1]);
+        } else {
+#pragma unroll
+          for (int w = 0; w < LW; ++w) {
+            const int odd = w / (LW / 2), u = w % (LW / 2) * 2;
+            v[w] = pack_two<T>(acc[u][g][2 * half + odd], acc[u + 1][g][2 * half + odd]);
+          }
+        }
+        const uint32_t place = corner + half * 8 * Pitch + g * (16 * LW);
+        if constexpr (LW == 1) {
+          store_shared_4(place, v[0]);
         } else if constexpr (LW == 2) {
-          store_shared_4(place, pack_two<T>(acc[0][g][e], acc[1][g][e]));
-        } else if constexpr (LG > 1) {
-          store_shared_element<2>(place, pack_two<T>(acc[0][g][e], 0.f));
-        } else if (e % 2 == 0) {
-          store_shared_4(place, pack_two<T>(acc[0][g][e], acc[0][g][e + 1]));
+          store_shared_8(place, v[0], v[1]);
+        } else {
+#pragma unroll
+          for (int w = 0; w < LW; w += 4) {
+            const uint32_t piece[4] = {v[w], v[w + 1], v[w + 2], v[w + 3]};
+            store_shared_16(place + w * 4, piece);
+          }
         }
       }
     }
@@ -434,14 +450,14 @@ class PairKernel {
     const bool whole = p.y_aligned && feature % 8 == 0 && valid == 8;
     const int rows = static_cast<int>(min(p.n - n0, int64_t{kPairRows}));
     T* destination = static_cast<T*>(p.y) + (n0 + thread / Pieces) * p.y_stride + feature;
-    uint32_t source = area + thread / Pieces * Pitch + e * 2;
+    uint32_t source = area + thread / Pieces * Pitch + (!SplitsL ? e * 2 : LW == 8 ? e / 16 * 16 + e % 16 / 8 * Elements : e);
     if (whole && rows == kPairRows && p.activation == kNone) {
       constexpr int Turns = (kPairRows + RowStep - 1) / RowStep;
       const int last_turn = (kPairRows - 1 - thread / Pieces) / RowStep;
       uint32_t v[Turns][4];
 #pragma unroll
       for (int u = 0; u < Turns; ++u)
-        if (u < Turns - 1 || u <= last_turn) load_shared_16(v[u], source + u * RowStep * Pitch);
+        if (u < Turns - 1 || u <= last_turn) load_piece(v[u], source + u * RowStep * Pitch);
 #pragma unroll
       for (int u = 0; u < Turns; ++u)
         if (u < Turns - 1 || u <= last_turn) store_global_16(destination + u * RowStep * p.y_stride, v[u]);
@@ -450,7 +466,7 @@ class PairKernel {
 #pragma unroll 1
     for (int n = thread / Pieces; n < rows; n += RowStep) {
       uint32_t v[4];
-      load_shared_16(v, source);
+      load_piece(v, source);
       if (p.activation != kNone) activate_piece(v, p.activation);
       if (whole) {
         store_global_16(destination, v);
@@ -463,6 +479,25 @@ class PairKernel {
       }
       destination += RowStep * p.y_stride;
       source += RowStep * Pitch;
+    }
+  }
+
+  // Eight neighbouring elements of y from the halves of the two warpgroups.
+  __device__ static __forceinline__ void load_piece(uint32_t (&v)[4], uint32_t source) {
+    if constexpr (!SplitsL || LW == 8) {
+      load_shared_16(v, source);
+    } else {
+      uint32_t low[2], high[2];
+      load_shared_8(low, source);
+      load_shared_8(high, source + Rows2);
+      if constexpr (LW == 4) {
+        v[0] = low[0], v[1] = low[1], v[2] = high[0], v[3] = high[1];
+      } else if constexpr (LW == 2) {
+        v[0] = low[0], v[1] = high[0], v[2] = low[1], v[3] = high[1];
+      } else {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) v[m] = __byte_perm(low[m / 2], high[m / 2], m % 2 ? 0x7632 : 0x5410);
+      }
     }
   }
 

@@ -34,6 +34,14 @@ __device__ __forceinline__ void load_shared_16(uint32_t (&v)[4], uint32_t source
                : "memory");
 }
 
+__device__ __forceinline__ void load_shared_8(uint32_t (&v)[2], uint32_t source) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(source) : "memory");
+}
+
+__device__ __forceinline__ void load_shared_8(uint32_t& v0, uint32_t& v1, uint32_t source) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v0), "=r"(v1) : "r"(source) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t source) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(v) : "r"(source) : "memory");
@@ -52,6 +60,10 @@ __device__ __forceinline__ void load_global_16(uint32_t (&v)[4], const void* sou
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "l"(source));
+}
+
+__device__ __forceinline__ void load_global_8(uint32_t& v0, uint32_t& v1, const void* source) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];\n" : "=r"(v0), "=r"(v1) : "l"(source));
 }
 
 __device__ __forceinline__ void store_global_16(void* destination, const uint32_t (&v)[4]) {
