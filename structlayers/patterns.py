@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from structlayers.errors import ChainError
+from structlayers.sizes import check_sizes, is_integer, most_blocks, near_square, power_pairs, radix_pairs
 
+if TYPE_CHECKING:
+    import torch
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    from structlayers.plans import Plan
+    from structlayers.problem import Layout
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +43,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         for name, value in zip("abcd", self, strict=True):
-            if not _is_integer(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ChainError(f"pattern entry {name} = {value!r}: expected an integer >= 1 in {tuple(self)}")
 
     def __iter__(self) -> Iterator[int]:
@@ -102,6 +105,11 @@ class Pattern:
     def bytes(self, n: int, itemsize: int) -> int:
         """Least traffic in bytes: input and weight read once, output written once, ``itemsize`` bytes an element."""
         return (n * (self.in_features + self.out_features) + self.nnz) * itemsize
+
+    def split(self, a: int, d: int, rank: int) -> Link:
+        """The chainable pair ``left @ right`` of this product with ``right.a = a``, ``left.d = d`` and a link rank."""
+        left = Pattern(self.a, self.b * self.d // d, a // self.a * rank, d)
+        return Link(left, Pattern(a, d // self.d * rank, self.a * self.c // a, self.d))
 
     def link(self, right: Pattern) -> Link | None:
         """How ``self @ right`` factors if the pair is chainable, else None."""
@@ -182,7 +190,7 @@ class Chain(Sequence[Pattern]):
             ("in_features", self.in_features, self.padded_in_features),
             ("out_features", self.out_features, self.padded_out_features),
         ):
-            if not _is_integer(logical) or not 1 <= logical <= padded:
+            if not is_integer(logical) or not 1 <= logical <= padded:
                 raise ChainError(
                     f"{name} = {logical!r}: expected 1 to {padded}, the size of the product {self._product()}"
                 )
@@ -334,6 +342,23 @@ class Chain(Sequence[Pattern]):
         patterns = (*self.patterns[: indices[0]], merged, *self.patterns[indices[-1] + 1 :])
         return Chain(patterns, self.in_features, self.out_features)
 
+    # ---- execution
+
+    def plan(
+        self,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layout: str | Layout = "batch_first",
+        mode: str = "inference",
+        backend: str = "auto",
+    ) -> Plan:
+        """How a product with a batch of ``n`` rows is executed: :func:`structlayers.plans.plan`."""
+        # Sizes and formulas need no tensors; only this looks up.
+        from structlayers import plans
+
+        return plans.plan(self, n, dtype, device, layout, mode, backend)
+
     # ---- named structures
 
     @classmethod
@@ -349,7 +374,7 @@ class Chain(Sequence[Pattern]):
     @classmethod
     def block_diagonal(cls, in_features: int, out_features: int, blocks: int = 4) -> Chain:
         """``(N, m/N, n/N, 1)``, sizes rounded up to the block count."""
-        _check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
+        check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
         pattern = Pattern(blocks, -(-out_features // blocks), -(-in_features // blocks), 1)
         return cls([pattern], in_features, out_features)
 
@@ -363,7 +388,7 @@ class Chain(Sequence[Pattern]):
         Raises :class:`ChainError` if ``q < k``: then only the fraction ``q/k`` of W can be non-zero.
         Source: Dao et al., arXiv:2204.00595.
         """
-        _check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
+        check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
         p, s = -(-in_features // blocks), -(-out_features // blocks)
         if rank is None:
             q = min(p, s)
@@ -372,7 +397,7 @@ class Chain(Sequence[Pattern]):
                     f"monarch {in_features} -> {out_features} with blocks={blocks}: "
                     f"the middle has {q} features per block, "
                     f"so only {q}/{blocks} = {q / blocks:.1%} of W could be non-zero; "
-                    f"expected blocks <= {_most_blocks(in_features, out_features)}, or rank= to widen the middle"
+                    f"expected blocks <= {most_blocks(in_features, out_features)}, or rank= to widen the middle"
                 )
             if q % blocks:
                 rounded = -(-q // blocks) * blocks
@@ -383,7 +408,7 @@ class Chain(Sequence[Pattern]):
                 )
                 q = rounded
         else:
-            _check_sizes(rank=rank)
+            check_sizes(rank=rank)
             q = rank * blocks
         return cls([Pattern(1, s, q, blocks), Pattern(blocks, q, p, 1)], in_features, out_features)
 
@@ -394,9 +419,9 @@ class Chain(Sequence[Pattern]):
         The output is in this chain's own order, without the permutation of the original code.
         Source: Qiu et al., arXiv:2406.06248.
         """
-        _check_sizes(in_features=in_features, out_features=out_features, rank=rank)
-        m0, m1 = _near_square(in_features)
-        n1, n0 = _near_square(out_features)
+        check_sizes(in_features=in_features, out_features=out_features, rank=rank)
+        m0, m1 = near_square(in_features)
+        n1, n0 = near_square(out_features)
         patterns = [Pattern(1, n1, m1 * rank, n0), Pattern(m1, rank * n0, m0, 1)]
         return cls(patterns, in_features, out_features)
 
@@ -415,8 +440,8 @@ class Chain(Sequence[Pattern]):
         Factor ``l`` has ``a = c_1 ... c_{l-1}`` and ``d = b_{l+1} ... b_L``.
         """
         out_features = in_features if out_features is None else out_features
-        _check_sizes(in_features=in_features, out_features=out_features)
-        pairs = _power_pairs(in_features, out_features, radix) if isinstance(radix, int) else _radix_pairs(radix)
+        check_sizes(in_features=in_features, out_features=out_features)
+        pairs = power_pairs(in_features, out_features, radix) if isinstance(radix, int) else radix_pairs(radix)
         rows, columns = math.prod(b for b, _ in pairs), math.prod(c for _, c in pairs)
         if rows < out_features or columns < in_features:
             raise ChainError(
@@ -430,56 +455,3 @@ class Chain(Sequence[Pattern]):
             patterns.append(Pattern(a, b, c, d))
             a *= c
         return cls(patterns, in_features, out_features)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not _is_integer(value) or value < 1:
-            raise ChainError(f"{name} = {value!r}: expected an integer >= 1")
-
-
-def _most_blocks(in_features: int, out_features: int) -> int:
-    """The largest block count that leaves no part of a Monarch matrix zero."""
-    small = min(in_features, out_features)
-    return max(k for k in range(1, math.isqrt(small) + 2) if -(-small // k) >= k)
-
-
-def _near_square(n: int) -> tuple[int, int]:
-    """Two factors of ``n``, larger first, or of the next size that has a pair within a ratio of two."""
-    while True:
-        small = next(f for f in range(math.isqrt(n), 0, -1) if n % f == 0)
-        if n // small <= 2 * small or n <= 2:
-            return n // small, small
-        n += 1
-
-
-def _radix_pairs(radix: Sequence[int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """One ``(b, c)`` per factor."""
-    pairs = []
-    for entry in radix if isinstance(radix, Iterable) else ():
-        pair = entry if isinstance(entry, Sequence) else (entry, entry)
-        if len(pair) != 2 or not all(_is_integer(r) and r >= 1 for r in pair):
-            raise ChainError(f"radix = {radix!r}: expected one integer or one pair (b, c) per factor, not {entry!r}")
-        pairs.append((pair[0], pair[1]))
-    if not pairs:
-        raise ChainError(f"radix = {radix!r}: expected an integer >= 2, or one integer or pair (b, c) per factor")
-    return pairs
-
-
-def _power_pairs(in_features: int, out_features: int, radix: int) -> list[tuple[int, int]]:
-    if isinstance(radix, bool) or radix < 2:
-        raise ChainError(f"radix = {radix!r}: expected an integer >= 2 or a sequence")
-
-    def exponent(size: int) -> int:
-        power = 1
-        while radix**power < size:
-            power += 1
-        return power
-
-    columns, rows = exponent(in_features), exponent(out_features)
-    length = min(columns, rows)
-    # The surplus powers go to the leftmost factors in turn, so that no factor grows more than it must.
-    share = [max(columns, rows) // length + (l < max(columns, rows) % length) for l in range(length)]
-    if rows >= columns:
-        return [(radix**e, radix) for e in share]
-    return [(radix, radix**e) for e in share]

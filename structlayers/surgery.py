@@ -1,4 +1,4 @@
-"""Swap the linear layers of a model for factor chains, in place, by rule.
+"""Swap the linear layers of a model for factor chains, in place, by rule, and back.
 
 Everything is planned and built before the first module is replaced, so an error leaves the model as it was; what a rule
 names but cannot swap is in the report with its reason. Hugging Face's ``Conv1D`` (a linear whose weight is stored
@@ -17,14 +17,29 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from structlayers.epilogues import fuse_sequentials, plan_absorptions
 from structlayers.errors import ChainError, ConfigError
+from structlayers.formats import PermutedLinear
+from structlayers.frozen import FrozenFactors
 from structlayers.nn import KSLinear
 from structlayers.patterns import Chain
+from structlayers.problem import Layout
 from structlayers.swap_rules import Rules, SwapRule, chooser
 
-__all__ = ["SkippedLayer", "SwapReport", "SwapRule", "SwappedLayer", "as_linear", "dress", "install", "swap_linears"]
+__all__ = [
+    "BatchLastLinear",
+    "SkippedLayer",
+    "SwapReport",
+    "SwapRule",
+    "SwappedLayer",
+    "as_linear",
+    "densify",
+    "dress",
+    "install",
+    "swap_linears",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,7 @@ def swap_linears(
     backend: str = "auto",
     layout: str = "batch_first",
     recompute: bool = False,
+    activations: Mapping[str, str] | None = None,
 ) -> SwapReport:
     """Replace the linear layers that ``rule`` names by :class:`KSLinear`, in place.
 
@@ -125,12 +141,16 @@ def swap_linears(
     and ``requires_grad`` are kept. ``backend``, ``layout`` and ``recompute`` are those of :class:`KSLinear`;
     ``layout="batch_last"`` only fits a model whose other layers read ``(features, N)``.
 
+    A GELU, ReLU or SiLU behind a new layer becomes part of its op in ``nn.Sequential`` and in the project's own models;
+    elsewhere where ``activations`` says which module it is: ``{"*.mlp.c_fc": "act"}``, as in
+    :func:`structlayers.epilogues.plan_absorptions`.
+
     Skipped, with the reason in the report: layers whose weight has a second owner, subclasses of ``nn.Linear``, layers
     with hooks, layers whose parent's ``forward`` reads ``.weight``, chains that do not exist or keep too much.
     ``nn.TransformerEncoderLayer`` reads its children's weights only in its fused inference path, which is turned off.
 
     Raises :class:`ConfigError` for a rule that matches no layer, naming its patterns and the layers that exist, and for
-    an unknown structure, option or ``init``; the model is then unchanged.
+    an unknown structure, option or ``init``, or ``activations`` that do not fit; the model is then unchanged.
     """
     if init not in ("random", "project"):
         raise ConfigError(f"init = {init!r}: expected 'random' or 'project'")
@@ -141,6 +161,7 @@ def swap_linears(
     linears = {name: linear for name, module in model.named_modules() if (linear := as_linear(module)) is not None}
     choose = chooser(rule, list(linears))
     owners = _Owners(model)
+    absorptions = plan_absorptions(model, activations or {})
     options = {"init": scale, "backend": backend, "layout": layout, "recompute": recompute}
 
     swapped: list[SwappedLayer] = []
@@ -159,7 +180,87 @@ def swap_linears(
         layers[name] = _build(linear, chain, init, options)
         swapped.append(SwappedLayer(name, chain, "; ".join(str(note.message) for note in notes)))
     install(model, layers)
+    fuse_sequentials(model)
+    for absorption in absorptions:
+        absorption.apply()
     return SwapReport(tuple(swapped), tuple(skipped))
+
+
+class BatchLastLinear(nn.Linear):
+    """``nn.Linear`` on the first dimension: ``(in_features, ...)`` to ``(out_features, ...)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(0, -1)).movedim(-1, 0)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every :class:`KSLinear` and :class:`PermutedLinear` of a model by a dense layer of the same function.
+
+    In place; returns the model, or the new layer where the model itself is one of these. The new layer is an
+    ``nn.Linear`` whose ``weight`` is the product of the factors, rounded to their dtype; a :class:`BatchLastLinear` for
+    ``layout="batch_last"``; with an activation, the linear and the activation in an ``nn.Sequential``, so that the
+    names in the state dict gain ``.0``. The bias (the very parameter, but for a permuted layer), dtype, device and
+    training mode are kept; the weight requires a gradient if one of the factors did. A layer in several places stays
+    one layer, and layers that share all their factors share their weight.
+
+    Raises :class:`ConfigError`, with the model unchanged, for layers that have hooks, parametrizations or a class of
+    their own, which would be lost.
+    """
+    weights: dict[tuple[object, ...], nn.Parameter] = {}
+    if isinstance(model, KSLinear | PermutedLinear):
+        return _dense("", model, weights)
+    layers: dict[str, nn.Module] = {}
+    done: set[int] = set()
+    for prefix, parent in model.named_modules():
+        if isinstance(parent, PermutedLinear):
+            # Replaced as a whole.
+            continue
+        for key, child in parent._modules.items():
+            if isinstance(child, KSLinear | PermutedLinear) and id(child) not in done:
+                name = f"{prefix}.{key}" if prefix else key
+                layers[name] = _dense(name, child, weights)
+                done.add(id(child))
+    install(model, layers)
+    return model
+
+
+# The activations of KSLinear as modules.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+}
+
+
+def _dense(
+    name: str, old: KSLinear | PermutedLinear, weights: MutableMapping[tuple[object, ...], nn.Parameter]
+) -> nn.Module:
+    """The dense layer of the same function; ``weights`` holds those made so far, by the factors that they come from."""
+    chained = old.linear if isinstance(old, PermutedLinear) else old
+    for part in {old, chained}:
+        if type(part) not in (KSLinear, PermutedLinear) or "forward" in part.__dict__:
+            raise ConfigError(f"{name!r} is a {type(part).__name__} with behaviour of its own, which would be lost")
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            raise ConfigError(f"{name!r} has hooks, which would be lost: remove them first")
+    if type(chained.factors) not in (nn.ParameterList, FrozenFactors):
+        raise ConfigError(f"{name!r} has parametrized factors, which would be lost: remove the parametrizations first")
+    key = (*map(id, chained.factors), old.in_features, old.out_features, id(old) if old is not chained else None)
+    if key not in weights:
+        first = chained.factors[0]
+        with torch.no_grad():
+            product = first.new_empty(old.out_features, old.in_features) if first.is_meta else old.to_dense()
+        needs_grad = any(factor.requires_grad for factor in chained.factors)
+        weights[key] = nn.Parameter(product.contiguous(), requires_grad=needs_grad)
+    kind = nn.Linear if Layout(chained.layout) is Layout.BATCH_FIRST else BatchLastLinear
+    linear = kind(old.in_features, old.out_features, bias=False, device="meta")
+    linear.weight = weights[key]
+    if isinstance(old, KSLinear):
+        linear.bias = old.bias
+    elif old.bias is not None:
+        linear.bias = nn.Parameter(old.bias.detach().clone(), requires_grad=old.linear.bias.requires_grad)
+    new = linear if chained.activation == "none" else nn.Sequential(linear, _ACTIVATIONS[chained.activation]())
+    return new.train(old.training)
 
 
 def as_linear(module: nn.Module) -> nn.Linear | None:

@@ -114,10 +114,15 @@ def improved(weight, left, right):
     return left, right
 
 
+def relative_distance(weights, target, chain) -> float:
+    product = to_dense(weights, chain.in_features, chain.out_features)
+    return float((product - target).norm() / target.norm())
+
+
 @pytest.mark.parametrize("chain", [*CHAINS, Chain.butterfly(32), Chain.btt(36, 25, 2)], ids=lambda c: c.spec)
 def test_factorize_recovers_products_of_chainable_chains(chain):
     dense = to_dense([draw(p) for p in chain], chain.in_features, chain.out_features)
-    factors = factorize(dense, chain)
+    factors = factorize(dense, chain).weights
     assert [tuple(f.shape) for f in factors] == list(chain.weight_shapes)
     assert all(f.is_contiguous() for f in factors)
     torch.testing.assert_close(to_dense(factors, chain.in_features, chain.out_features), dense)
@@ -131,7 +136,7 @@ def test_factorize_recovers_products_of_chainable_chains(chain):
 )
 def test_factorize_pads(chain, exact):
     dense = torch.randn(chain.out_features, chain.in_features, dtype=torch.float64)
-    factors = factorize(dense, chain)
+    factors = factorize(dense, chain).weights
     product = to_dense(factors, chain.in_features, chain.out_features)
     distance = float((product - dense).norm()) / float(dense.norm())
     assert (distance < 1e-10) if exact else (0.1 < distance < 1)
@@ -144,7 +149,7 @@ def test_factorize_pads(chain, exact):
 def test_factorize_of_one_factor_is_a_projection():
     pattern = Pattern(2, 3, 4, 5)
     dense = torch.randn(pattern.out_features, pattern.in_features, dtype=torch.float64)
-    (factor,) = factorize(dense, Chain([pattern]))
+    (factor,) = factorize(dense, Chain([pattern])).weights
     assert torch.equal(factor, project_factor(dense, pattern))
     projected = to_dense([factor])
     assert torch.equal(projected[projected != 0], dense[projected != 0])
@@ -155,7 +160,7 @@ def test_factorize_of_one_factor_is_a_projection():
 def test_factorize_keeps_the_dtype_and_detaches(dtype):
     chain = Chain.monarch(16, 16, blocks=4)
     weight = torch.randn(16, 16, dtype=dtype, requires_grad=True)
-    factors = factorize(weight, chain)
+    factors = factorize(weight, chain).weights
     assert {f.dtype for f in factors} == {dtype}
     assert not any(f.requires_grad for f in factors)
 
@@ -175,6 +180,103 @@ def test_to_dense_of_chains_that_are_not_chainable():
     torch.testing.assert_close(to_dense([left, right], 7, 5), (matrices[0] @ matrices[1])[:5, :7])
 
 
+REDUNDANT = [
+    "(1,4,9,1)(1,9,6,1)",
+    "(1,6,3,1)(1,3,3,1)(1,3,5,1)",
+    "(1,2,4,4)(2,4,4,2)(2,4,4,2)(4,4,3,1)",
+    "(2,3,12,4)(4,12,8,2)(16,4,2,1)",
+]
+
+
+@pytest.mark.parametrize("spec", REDUNDANT)
+@pytest.mark.parametrize("order", ["left_to_right", "balanced"])
+def test_redundant_chains_are_split_where_it_matters(spec, order):
+    chain = Chain.parse(spec)
+    assert chain.is_chainable and chain.is_redundant
+    dense = to_dense([draw(p) for p in chain])
+    found = factorize(dense, chain, order=order, bounds=True)
+    assert [tuple(w.shape) for w in found.weights] == list(chain.weight_shapes)
+    assert relative_distance(found.weights, dense, chain) < 1e-10
+    assert len(found.report.cuts) < len(chain) - 1
+    # As near as the chain with those neighbours merged, whose redundant cuts are gone.
+    merged = chain
+    while merged.is_redundant:
+        q = next(q for q, link in enumerate(merged.links) if link.is_redundant)
+        merged = merged.merge(q, q + 2)
+    noisy = dense + torch.randn_like(dense)
+    ours, expected = factorize(noisy, chain, order=order).report, factorize(noisy, merged, order=order).report
+    assert float(ours.error) == pytest.approx(float(expected.error), rel=1e-10)
+
+
+def test_redundant_ranks_are_zero():
+    left, right = factorize(torch.randn(4, 6, dtype=torch.float64), Chain.low_rank(6, 4, rank=9)).weights
+    used = (left[0, 0].abs().sum(0) > 0) & (right[0, 0].abs().sum(1) > 0)
+    assert int(used.sum()) == 4
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3), (1,), (0,), (2, 0)])
+def test_a_batch_is_every_matrix_by_itself(batch):
+    chain = Chain.parse("(1,3,4,4)(2,4,6,2)(4,6,3,1)[:11,:7]")
+    dense = torch.randn(*batch, 11, 7, dtype=torch.float64)
+    found = factorize(dense, chain, bounds=True)
+    assert [tuple(w.shape) for w in found.weights] == [(*batch, *shape) for shape in chain.weight_shapes]
+    assert found.report.norm.shape == found.report.relative_error.shape == found.report.bound.shape == batch
+    assert found.report.split_distances.shape == found.report.cut_distances.shape == (*batch, len(found.report.cuts))
+    for index in itertools.product(*map(range, batch)):
+        alone = factorize(dense[index], chain, bounds=True)
+        torch.testing.assert_close(
+            to_dense([w[index] for w in found.weights]), to_dense(alone.weights), rtol=0, atol=1e-12
+        )
+        for name in ("norm", "error", "cut_distances", "split_distances", "bound"):
+            torch.testing.assert_close(getattr(found.report, name)[index], getattr(alone.report, name))
+    again = factorize(found.weights, chain)
+    torch.testing.assert_close(to_dense(again.weights), to_dense(found.weights), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_any_scale_will_do(scale):
+    chain = Chain.butterfly(16)
+    dense = torch.randn(16, 16, dtype=torch.float64)
+    small, large = factorize(dense, chain, bounds=True), factorize(dense * scale, chain, bounds=True)
+    assert float(large.report.relative_error) == pytest.approx(float(small.report.relative_error), rel=1e-9)
+    assert float(large.report.bound) == pytest.approx(float(small.report.bound) * scale, rel=1e-9)
+    norms = [float(w.norm()) for w in large.weights]
+    assert norms == pytest.approx([norms[0]] * 4)
+
+
+def test_zero_is_recovered():
+    found = factorize(torch.zeros(16, 16), Chain.butterfly(16), bounds=True)
+    assert float(to_dense(found.weights).abs().max()) == 0
+    assert float(found.report.relative_error) == float(found.report.bound) == 0
+
+
+def test_what_is_off_the_support_is_reported():
+    chain = Chain.parse("(2,3,1,2)(2,2,4,1)")
+    weights = [draw(p) for p in chain]
+    outside = torch.randn(12, 8, dtype=torch.float64) * (to_dense(weights) == 0)
+    found = factorize(to_dense(weights) + outside, chain, bounds=True)
+    assert float(found.report.outside) == pytest.approx(float(outside.norm()))
+    assert float(found.report.error) == pytest.approx(float(outside.norm()))
+    assert float(found.report.bound) == pytest.approx(float(outside.norm()))
+    # A product of factors of another support is multiplied out for it.
+    dense = [torch.randn(12, 3, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)]
+    torch.testing.assert_close(factorize(dense, chain).weights, factorize(dense[0] @ dense[1], chain).weights)
+
+
+def test_the_report_reads_well():
+    dense = torch.randn(2, 16, 16, dtype=torch.float64)
+    weights, report = factorize(dense, "(1,2,2,8)(2,8,8,1)", bounds=True)
+    assert len(weights) == 2
+    assert str(report) == (
+        f"relative error {report.relative_error.max():.3g} at most, {report.relative_error.median():.3g} in the median "
+        f"of 2 matrices, bound {(report.bound / report.norm).max():.3g}"
+    )
+    plain = factorize(dense[0], Chain.butterfly(16)).report
+    assert str(plain) == f"relative error {plain.relative_error:.3g}"
+    with pytest.raises(ValueError, match="the bounds were not asked for"):
+        _ = plain.sum_bound
+
+
 def test_errors():
     chain = Chain.monarch(16, 8, blocks=2)
     with pytest.raises(ShapeError, match=r"weight of shape \(16, 8\): expected \(8, 16\)"):
@@ -189,3 +291,23 @@ def test_errors():
         merge_weights(torch.randn(4, 1, 2, 2), torch.randn(1, 4, 2, 2))
     with pytest.raises(ShapeError, match=r"expected \(1, 1, 8, 6\)"):
         split_weight(torch.randn(1, 1, 8, 5), *CHAINABLE[0])
+    with pytest.raises(ValueError, match="order = 'random': expected 'left_to_right', 'balanced' or the cuts 1 to 3"):
+        factorize(torch.randn(16, 16), Chain.butterfly(16), order="random")
+    with pytest.raises(ValueError, match=r"order = \(1, 2\): expected"):
+        factorize(torch.randn(16, 16), Chain.butterfly(16), order=(1, 2))
+    with pytest.raises(ShapeError, match=r"torch.int64: expected a floating-point or complex dtype"):
+        factorize(torch.ones(8, 16, dtype=torch.int64), chain)
+    with pytest.raises(ShapeError, match="weight with 0 factors"):
+        factorize([], chain)
+    with pytest.raises(ShapeError, match=r"of 8 x 15: expected \(8, 16\)"):
+        factorize([torch.randn(8, 2), torch.randn(2, 15)], chain)
+    with pytest.raises(ShapeError, match=r"weight\[1\] of shape \(2, 1, 1, 2, 16\): expected"):
+        factorize([torch.randn(8, 2), torch.randn(2, 1, 1, 2, 16)], chain)
+    with pytest.raises(ShapeError, match="expected one dtype and device"):
+        factorize([torch.randn(8, 2), torch.randn(2, 16).double()], chain)
+    with pytest.raises(ChainError, match="do not compose"):
+        factorize([torch.randn(8, 2), torch.randn(3, 16)], chain)
+    broken = torch.randn(2, 16)
+    broken[1, 3] = float("inf")
+    with pytest.raises(ValueError, match="weight has 1 values that are not finite"):
+        factorize([torch.randn(8, 2), broken], chain)
