@@ -27,7 +27,6 @@ bool pair_shape(const Pair& p, int cluster, int rows1, int rows2, int least_stag
   s.x_k = p.c <= 32 ? 32 : 64;
   const int k = p.alpha * p.rank;
   s.t_k = k <= 32 ? 32 : 64;
-  s.t_shift = s.t_k == 64 ? 6 : 5;
   s.ranks = std::min(p.rank, columns);
   // Exact: columns are fewer than 65,536 / ranks, and l fewer than 65,536 / own_delta where t fits shared memory.
   s.rank_magic = 65536 / s.ranks + 1;
@@ -44,8 +43,10 @@ bool pair_shape(const Pair& p, int cluster, int rows1, int rows2, int least_stag
   if (s.flat_x && p.c % s.x_k != 0) return false;
   s.stage_bytes = std::max((sp * kPairRows + rows1) * s.x_k, rows2 * s.t_k) * 2;
   // Exceeding shared memory by far must not overflow.
-  const int64_t t_bytes = static_cast<int64_t>(s.own_delta) * s.t_blocks * kPairRows * s.t_k * 2;
+  const int64_t t_stride = static_cast<int64_t>(s.t_blocks) * s.t_k / 8 * kPairChunk + 16;
+  const int64_t t_bytes = (s.own_delta * t_stride + 1023) / 1024 * 1024;
   if (t_bytes > kPairSharedBytes) return false;
+  s.t_stride = static_cast<int>(t_stride);
   s.t_bytes = static_cast<int>(t_bytes);
   const int area = kPairRows * pair_y_pitch(rows2, s.left_l) * (s.left_l == 1 ? 2 : 1);
   const auto fit = [&](int areas) {

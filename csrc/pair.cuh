@@ -12,9 +12,11 @@
 //   phase 2, for a run of j, for LG neighbouring l:
 //       t[l][n][k]           *   left  [l][j][k]           -> y [n][j][l] through shared memory, contiguous runs of l
 //
-// Both operands of every product are K-major, rows of 64 or 128 bytes, swizzled as the copy engine does it.
+// Both operands of every product are K-major. Weights and x have rows of 64 or 128 bytes, swizzled as the copy engine does it.
+// t is [l][k / 8][n][8], each l 16 bytes further than that, so that neighbouring lanes write to other banks, and what a warp
+// sends to another CTA are runs of 128 bytes.
 //
-// Shared memory: t: delta/C * ceil(alpha*rank / t_k) * 64 * t_k * 2; stages * stage_bytes; y: 64 rows of pair_y_pitch bytes, once or twice.
+// Shared memory: t: delta/C * (64 * 2 * (alpha*rank rounded up to t_k) + 16) bytes; stages * stage_bytes; y: 64 rows of pair_y_pitch bytes, once or twice.
 // Preconditions (host): compute capability 9.0; 16-byte aligned operands; c, alpha*rank multiples of 8; delta 1, 2, 4 or a
 // multiple of 8; C > 1: delta a multiple of 8*C, alpha of C.
 // Source: the decomposition of a chainable pair is that of arXiv:2411.04506; the kernel is new.
@@ -31,14 +33,14 @@ namespace structlayers {
 // How a launch cuts the work; pair_shape (launch_pair.cuh) derives it.
 struct PairShape {
   int cluster, own_alpha, own_delta;
-  int x_k, t_k, t_shift;               // elements of K in a row of a tile: 32 or 64; log2 of t_k
+  int x_k, t_k;                        // elements of K in a row of a tile: 32 or 64
   int rank_magic, owner_magic;         // column / ranks = column * rank_magic >> 16; l / own_delta likewise
   int ranks, runs, rank_tiles, run_tiles;  // rho and l in a tile of right, and how many of them
   int x_steps, t_blocks;               // tiles of K
   int left_l, left_j;                  // l (LG of the kernel) and j in a tile of left
   bool flat_x;                         // x is fetched by features, not by blocks: logical padding
   bool two_areas;                      // y passes through two areas of shared memory in turn
-  int stages, stage_bytes, t_bytes, y_bytes;
+  int stages, stage_bytes, t_stride, t_bytes, y_bytes;  // t_stride: from t[l] to t[l + 1]
 };
 
 struct PairMaps {
@@ -51,6 +53,7 @@ __host__ __device__ constexpr int pair_y_pitch(int rows, int left_l) {
   return (elements * 2 + 127) / 128 * 128 + (left_l == 4 ? 32 : left_l == 8 ? 64 : 16);
 }
 
+constexpr int kPairChunk = 64 * 16;  // bytes of 8 neighbouring k of t: 64 rows of 16 bytes
 constexpr int kPairRows = 64, kPairConsumers = 256, kPairThreads = kPairConsumers + 32;
 
 // The link rank. Of 1 and 2, 8 neighbours in k are gathered before they leave for t; of a multiple of 8, the 8 columns that a
@@ -174,8 +177,6 @@ class PairKernel {
     else fence_shared_for_wgmma();
   }
 
-  // Bytes from t[l] to t[l + 1]: 64 rows of 2 << t_shift bytes, t_blocks times.
-  __device__ __forceinline__ uint32_t t_stride() const { return s.t_blocks << (s.t_shift + 7); }
 
   // Where t[l] begins, at the CTA that holds it.
   __device__ __forceinline__ uint32_t t_of(int l) const {
@@ -184,17 +185,13 @@ class PairKernel {
       owner = l * s.owner_magic >> 16;
       l -= owner * s.own_delta;
     }
-    const uint32_t base = shared + l * t_stride();
+    const uint32_t base = shared + l * s.t_stride;
     if constexpr (Clustered) return map_to_cta(base, owner);
     else return base;
   }
 
-  // From the beginning of t[l] to element k of this thread's row; the row 8 below is 8 rows further.
-  __device__ __forceinline__ uint32_t t_offset(int k) const {
-    const int chunk = k >> 3 & ((1 << (s.t_shift - 3)) - 1);
-    const uint32_t mixed = s.t_shift == 6 ? swizzled<8>(row, chunk) : swizzled<4>(row, chunk);
-    return ((k >> s.t_shift) << (s.t_shift + 7)) + mixed + (k & 7) * 2;
-  }
+  // From the beginning of t[l] to element k of this thread's row.
+  __device__ __forceinline__ uint32_t t_offset(int k) const { return (k >> 3) * kPairChunk + row * 16 + (k & 7) * 2; }
 
   __device__ static __forceinline__ void store_t_4(uint32_t place, uint32_t v) {
     if constexpr (Clustered) store_cluster_4(place, v);
@@ -211,6 +208,7 @@ class PairKernel {
     else store_shared_element<2>(place, v);
   }
 
+  static constexpr uint32_t below = 8 * 16;  // from a row of t to the row 8 below
   static constexpr int Held = Gathers ? N1 / 8 * SP * 2 : 1;  // pairs (row, l) of a thread
 
   // Two neighbours in k for every (row, l) that this thread holds, of the `part`-th of four pairs.
@@ -229,7 +227,7 @@ class PairKernel {
   __device__ __forceinline__ void write_gathered(const uint32_t (&held)[Held][4], int chunk, int l0) const {
     constexpr int Lefts = R == Rank::kOne ? 8 : 4;  // values of l in 8 columns; one CTA owns them all
     const int end = min(s.runs, p.delta - l0), mine = lane % 4 * SP;
-    const uint32_t offset = t_offset(chunk * p.rank) + mine * t_stride(), below = 16u << s.t_shift;
+    const uint32_t offset = t_offset(chunk * p.rank) + mine * s.t_stride;
 #pragma unroll
     for (int g = 0; g < N1 / 8; ++g) {
       const int l = (group * (N1 / 8) + g) * Lefts;
@@ -238,14 +236,13 @@ class PairKernel {
 #pragma unroll
       for (int odd = 0; odd < SP; ++odd) {
         if (l + mine + odd >= end) continue;
-        store_t_16(place + odd * t_stride(), held[g * 2 * SP + odd]);
-        store_t_16(place + odd * t_stride() + below, held[g * 2 * SP + SP + odd]);
+        store_t_16(place + odd * s.t_stride, held[g * 2 * SP + odd]);
+        store_t_16(place + odd * s.t_stride + below, held[g * 2 * SP + SP + odd]);
       }
     }
   }
 
   __device__ __forceinline__ void write_t(const float (&acc)[SP][N1 / 8][4], int s0, int l0, int rho0) const {
-    const uint32_t below = 16u << s.t_shift;
     const int column0 = group * N1 + lane % 4 * 2, columns = s.ranks * s.runs, k0 = s0 * p.rank + rho0;
     if constexpr (R == Rank::kEights) {
 #pragma unroll
@@ -278,15 +275,16 @@ class PairKernel {
   }
 
   // Products of one stage, 16 of K at a time; one straight line, which the compiler needs to keep them in flight together.
-  template <int Steps, int N, int Tiles>
+  // From one step to the next, a moves by AStep bytes; AHigh is the upper half of its descriptors, 0 where it is as b's.
+  template <int Steps, int N, int AStep = 32, uint32_t AHigh = 0, int Tiles>
   __device__ static __forceinline__ void multiply_tile(float (&acc)[Tiles][N / 8][4], const uint32_t (&a)[Tiles],
                                                        const uint32_t (&b)[Tiles], bool fresh) {
-    constexpr uint64_t Mode = wgmma_descriptor<Steps * 32>(0) >> 32 << 32;
+    constexpr uint64_t BMode = wgmma_descriptor<Steps * 32>(0) >> 32 << 32, AMode = AHigh == 0 ? BMode : uint64_t{AHigh} << 32;
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Steps; ++k)
 #pragma unroll
-      for (int u = 0; u < Tiles; ++u) Wgmma<T, N>::multiply(acc[u], Mode | (a[u] + 2 * k), Mode | (b[u] + 2 * k), fresh && k == 0);
+      for (int u = 0; u < Tiles; ++u) Wgmma<T, N>::multiply(acc[u], AMode | (a[u] + (AStep >> 4) * k), BMode | (b[u] + 2 * k), fresh && k == 0);
     wgmma_commit();
   }
 
@@ -384,19 +382,22 @@ class PairKernel {
     float acc[LW][N2 / 8][4];
     const bool biased = p.bias != nullptr;
     const int l_mine = SplitsL ? group * LW : 0, j_mine = SplitsL ? 0 : group * N2, l0 = rank * s.own_delta + l_own;
-    const int t_tile = kPairRows * t_row, t_step = s.t_blocks * t_tile >> 4, w_step = s.left_j * t_row >> 4;
+    const int t_step = s.t_stride >> 4, w_step = s.left_j * t_row >> 4;
     if (biased) load_bias(acc, i, j0 + j_mine, l0 + l_mine);
     multiply_stages(ring, s.t_blocks, [&](int kb, uint32_t stage) {
       uint32_t w_tiles[LW], t_tiles[LW];
       w_tiles[0] = descriptor(stage + (l_mine * s.left_j + j_mine) * t_row);
-      t_tiles[0] = descriptor(shared + ((l_own + l_mine) * s.t_blocks + kb) * t_tile);
+      const uint32_t t = shared + (l_own + l_mine) * s.t_stride + kb * (s.t_k / 8 * kPairChunk);
+      t_tiles[0] = (t & 0x3ffff) >> 4 | kPairChunk >> 4 << 16;
 #pragma unroll
       for (int u = 1; u < LW; ++u) {
         w_tiles[u] = w_tiles[0] + u * w_step;
         t_tiles[u] = t_tiles[0] + u * t_step;
       }
-      if (t_row == 128) multiply_tile<4, N2>(acc, t_tiles, w_tiles, kb == 0 && !biased);
-      else multiply_tile<2, N2>(acc, t_tiles, w_tiles, kb == 0 && !biased);
+      // t is not swizzled: 8 rows of 16 bytes lie together, the next 8 rows behind them, the next 8 of k a chunk further.
+      constexpr uint32_t Next8Rows = 8 * 16 >> 4;
+      if (t_row == 128) multiply_tile<4, N2, 2 * kPairChunk, Next8Rows>(acc, t_tiles, w_tiles, kb == 0 && !biased);
+      else multiply_tile<2, N2, 2 * kPairChunk, Next8Rows>(acc, t_tiles, w_tiles, kb == 0 && !biased);
     });
     if (last) arrive_everywhere(t_empty);
     write_y(acc, i, n0, j0 + j_mine, l0, turn);
