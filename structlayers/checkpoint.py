@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from structlayers.errors import BackendError, ChainError, CheckpointError
 from structlayers.files import replace_file
-from structlayers.nn import KSLinear
+from structlayers.nn import KSLinear, unfreeze
 from structlayers.patterns import Chain
 from structlayers.surgery import as_linear, dress, install
 
@@ -86,6 +86,8 @@ def load(
     undo = install(target, _missing_layers(content, target, backend))
     try:
         _check(content, target)
+        # Frozen factors have the dtype that they were frozen in.
+        unfreeze(target)
         _give_memory(content, target)
         target.load_state_dict({name: content.get(name) for name in content.names}, strict=True)
     except BaseException:

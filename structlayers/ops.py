@@ -1,7 +1,7 @@
-"""The operators: schemas, kernels, fake kernels, gradients, and the two public functions.
+"""The operators: schemas, kernels, fake kernels, gradients, and the public functions.
 
-Everything is registered from Python, so that it works without a compiler. Which backend runs is decided inside the
-operator from the real batch size; a traced graph holds one opaque call.
+Everything is registered from Python, so that it works without a compiler. How a product is computed is decided inside
+the operator from the real batch size (:mod:`structlayers.plans`); a traced graph holds one opaque call.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structlayers.backends import bmm, check_backend, resolve, tuning
-from structlayers.backends.base import Product
-from structlayers.backends.prepare import prepare, resize_features
+from structlayers import prepared
+from structlayers.backends import bmm, check_backend, resolve
+from structlayers.backends.base import activate
+from structlayers.backends.prepare import resize_features
 from structlayers.patterns import Pattern
+from structlayers.prepared import batch_size
 from structlayers.problem import Layout, Problem, check_product, check_weight_grad
 
 _library = torch.library.Library("structlayers", "DEF")
@@ -29,6 +31,12 @@ _library.define(
 )
 _library.define(
     "ks_chain(Tensor x, Tensor[] weights, Tensor? bias, int? in_features, int? out_features, "
+    "str layout, str activation, str backend) -> Tensor",
+    tags=_TAGS,
+)
+# One chain in several forms, all their weights one after the other, so many of each: the cheapest for the batch runs.
+_library.define(
+    "ks_frozen(Tensor x, Tensor[] weights, int[] lengths, Tensor? bias, int in_features, int out_features, "
     "str layout, str activation, str backend) -> Tensor",
     tags=_TAGS,
 )
@@ -49,82 +57,45 @@ def _output_shape(x: Tensor, features: int, layout: str) -> list[int]:
 
 
 def _problem(x: Tensor, pattern: Pattern, layout: Layout) -> Problem:
-    n = x.shape[0] if layout is Layout.BATCH_FIRST else x.shape[1]
-    return Problem.on(x.device, pattern, n, x.dtype, layout)
+    return Problem.on(x.device, pattern, batch_size(x, layout), x.dtype, layout)
 
 
-# What was checked and chosen for one combination of shapes, dtypes, devices and options: finding it again is all that
-# an ordinary call does in Python. Emptied when full.
-_plans: dict[tuple[Any, ...], tuple[Product, ...]] = {}
-_MOST_PLANS = 4096
-
-
-def _plan(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> tuple[Product, ...]:
-    """The products of a chain, in written order."""
-    dtype, device = x.dtype, x.device
-    parameters = weights if bias is None else (*weights, bias)
-    for tensor in parameters:
-        if tensor.dtype is not dtype or tensor.device != device:
-            # For its message.
-            return _make_plan(x, weights, bias, *options)
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    key = (x.shape, dtype, device, precision, options, len(weights), tuning.generation, *[t.shape for t in parameters])
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _make_plan(x, weights, bias, *options)
-    return plan
-
-
-def _make_plan(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    in_features: int | None,
-    out_features: int | None,
-    layout: str,
-    activation: str,
-    backend: str,
-) -> tuple[Product, ...]:
-    patterns, rows = check_product(x, weights, bias, out_features, in_features, layout, activation)
-    check_backend(backend)
-    rows_of_batch = _flatten_batch(x, Layout(layout))
-    problems = [_problem(rows_of_batch, pattern, Layout(layout)) for pattern in patterns]
-    inner = [prepare(problem, "none", problem.pattern.out_features, backend) for problem in problems[1:]]
-    return (prepare(problems[0], activation, rows, backend), *inner)
+def _multiply(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
+    product = prepared.plan(x, weights, bias, *options)
+    if x.dim() == 2:
+        return product(x, weights, bias)
+    layout = options[2]
+    y = product(_flatten_batch(x, Layout(layout)), weights, bias)
+    return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
 
 
 def _ks_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    (product,) = _plan(x, (weight,), bias, *options)
-    if x.dim() == 2:
-        return product(x, weight, bias)
-    layout = options[2]
-    y = product(_flatten_batch(x, Layout(layout)), weight, bias)
-    return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
+    return _multiply(x, (weight,), bias, *options)
 
 
-def _ks_chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
-    first, *inner = _plan(x, weights, bias, *options)
-    layout = options[2]
-    y = _flatten_batch(x, Layout(layout))
-    for product, weight in zip(reversed(inner), reversed(weights[1:]), strict=True):
-        y = product(y, weight, None)
-    y = first(y, weights[0], bias)
-    return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
+_ks_chain = _multiply
+
+
+def _ks_frozen(
+    x: Tensor, weights: Sequence[Tensor], lengths: Sequence[int], bias: Tensor | None, *options: Any
+) -> Tensor:
+    return _multiply(x, weights, bias, *options, tuple(lengths))
 
 
 def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: str, backend: str) -> Tensor:
     """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; missing features count as zeros."""
     pattern, order = check_weight_grad(dy, x, weight_shape, layout), Layout(layout)
-    dy = resize_features(_flatten_batch(dy, order), pattern.out_features, order)
-    x = resize_features(_flatten_batch(x, order), pattern.in_features, order)
-    weight_grad = resolve(backend, _problem(x, pattern, order)).weight_grad or bmm.weight_grad
-    return weight_grad(dy, x, pattern, order)
+    dy, x = _flatten_batch(dy, order), _flatten_batch(x, order)
+    chosen = resolve(backend, _problem(x, pattern, order))
+    if not chosen.weight_grad_of_logical_sizes:
+        dy = resize_features(dy, pattern.out_features, order)
+        x = resize_features(x, pattern.in_features, order)
+    return (chosen.weight_grad or bmm.weight_grad)(dy, x, pattern, order)
 
 
 _library.impl("ks_chain", _ks_chain, "CompositeExplicitAutograd")
 _library.impl("ks_linear", _ks_linear, "CompositeExplicitAutograd")
+_library.impl("ks_frozen", _ks_frozen, "CompositeExplicitAutograd")
 _library.impl("ks_weight_grad", _ks_weight_grad, "CompositeExplicitAutograd")
 
 
@@ -143,6 +114,13 @@ def _ks_linear_fake(x, weight, *rest):
     return _ks_chain_fake(x, [weight], *rest)
 
 
+@torch.library.register_fake("structlayers::ks_frozen", lib=_library)
+def _ks_frozen_fake(x, weights, lengths, bias, *options):
+    for form in prepared.forms(weights, lengths):
+        y = _ks_chain_fake(x, form, bias, *options)
+    return y
+
+
 @torch.library.register_fake("structlayers::ks_weight_grad", lib=_library)
 def _ks_weight_grad_fake(dy, x, weight_shape, layout, backend):
     check_weight_grad(dy, x, weight_shape, layout)
@@ -154,8 +132,6 @@ def _ks_weight_grad_fake(dy, x, weight_shape, layout, backend):
 
 
 def _activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, z, 0)
     if activation == "silu":
         # aten's silu_backward cannot be differentiated again.
         gate = torch.sigmoid(z)
@@ -170,21 +146,24 @@ def _batch_sum(dy: Tensor, layout: str) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, bias, ctx.in_features, ctx.out_features, ctx.layout, ctx.activation, ctx.backend = inputs
-    ctx.n_weights = None if isinstance(weights, Tensor) else len(weights)
-    ctx.save_for_backward(x, bias, *([weights] if ctx.n_weights is None else weights))
+    # ReLU is the one activation whose output says where its derivative is not zero: nothing is computed again.
+    kept = output if ctx.activation == "relu" else None
+    ctx.save_for_backward(kept, x, bias, *([weights] if isinstance(weights, Tensor) else weights))
 
 
 def _gradients(ctx: Any, dy: Tensor, weight_needs: Sequence[bool]) -> tuple[Tensor | None, list[Any], Tensor | None]:
     """Gradients of a chain product for its input, weights and bias; intermediates are computed again."""
-    x, bias, *weights = ctx.saved_tensors
+    output, x, bias, *weights = ctx.saved_tensors
     layout, backend = ctx.layout, ctx.backend
     inputs, size = [x], ctx.in_features
     for q in range(len(weights) - 1, 0, -1):
-        if ctx.activation == "none" and not any(weight_needs[:q]):
+        if ctx.activation in ("none", "relu") and not any(weight_needs[:q]):
             break
         inputs.append(_linear(inputs[-1], weights[q], None, size, None, layout, "none", backend))
         size = None
-    if ctx.activation != "none":
+    if ctx.activation == "relu":
+        dy = torch.ops.aten.threshold_backward(dy, output.detach(), 0)
+    elif ctx.activation != "none":
         z = _linear(inputs[-1], weights[0], bias, size, ctx.out_features, layout, "none", backend)
         dy = _activation_backward(dy, z, ctx.activation)
     d_bias = _batch_sum(dy, layout) if bias is not None and ctx.needs_input_grad[2] else None
@@ -239,6 +218,35 @@ torch.library.register_autograd(
 )
 
 
+def _save_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, ctx.lengths, bias, ctx.in_features, ctx.out_features, ctx.layout, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(output if ctx.activation == "relu" else None, x, bias, *weights)
+
+
+def _ks_frozen_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Gradients for the input and the bias; the weights are constants."""
+    output, x, bias, *weights = ctx.saved_tensors
+    multiply = torch.ops.structlayers.ks_frozen
+    if ctx.activation == "relu":
+        dy = torch.ops.aten.threshold_backward(dy, output.detach(), 0)
+    elif ctx.activation != "none":
+        sizes = (ctx.in_features, ctx.out_features)
+        z = multiply(x, weights, ctx.lengths, bias, *sizes, ctx.layout, "none", ctx.backend)
+        dy = _activation_backward(dy, z, ctx.activation)
+    d_x = None
+    if ctx.needs_input_grad[0]:
+        transposed = [w.transpose(2, 3) for form in prepared.forms(weights, ctx.lengths) for w in reversed(form)]
+        sizes = (ctx.out_features, ctx.in_features)
+        d_x = multiply(dy, transposed, ctx.lengths, None, *sizes, ctx.layout, "none", ctx.backend)
+    d_bias = _batch_sum(dy, ctx.layout) if ctx.needs_input_grad[3] else None
+    return d_x, [None] * len(weights), None, d_bias, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "structlayers::ks_frozen", _ks_frozen_backward, setup_context=_save_frozen, lib=_library
+)
+
+
 # ---- eager calls
 
 
@@ -254,13 +262,30 @@ class _RecordedLinear(torch.autograd.Function):
     backward = staticmethod(_ks_linear_backward)
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+class _RecordedFrozen(torch.autograd.Function):
+    """The ``ks_frozen`` operator, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _ks_frozen(*inputs)
+        _save_frozen(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        d_x, _, *others = _ks_frozen_backward(ctx, grads[0])
+        return d_x, None, *others
+
+
+def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a call may pass the dispatcher by: nobody traces, counts or transforms it, and no subclass takes part."""
+    if torch.compiler.is_compiling():
+        return False
+    for parameter in parameters:
+        if parameter.__class__ not in _PLAIN_TENSORS:
+            return False
     return (
-        not torch.compiler.is_compiling()
-        and x.__class__ in _PLAIN_TENSORS
-        and weight.__class__ in _PLAIN_TENSORS
-        and (bias is None or bias.__class__ in _PLAIN_TENSORS)
+        x.__class__ in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
@@ -268,18 +293,34 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """The ``ks_linear`` operator, by the shortest way to it."""
     if not _is_plain(x, weight, bias):
         return torch.ops.structlayers.ks_linear(x, weight, bias, *options)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _records(x, weight, bias):
         return _RecordedLinear.apply(x, weight, bias, *options)
     return _ks_linear(x, weight, bias, *options)
+
+
+def _chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
+    """The ``ks_chain`` operator, likewise."""
+    if not _is_plain(x, *weights, bias) or _records(x, *weights, bias):
+        return torch.ops.structlayers.ks_chain(x, weights, bias, *options)
+    return _multiply(x, weights, bias, *options)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for later."""
+    if not torch.is_grad_enabled():
+        return False
+    # A generator would cost more than the loop.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 # ---- FLOPs, for torch.utils.flop_counter
@@ -298,6 +339,12 @@ def _ks_chain_flops(x_shape, weight_shapes, bias, in_features, out_features, lay
 @register_flop_formula(torch.ops.structlayers.ks_linear)
 def _ks_linear_flops(x_shape, weight_shape, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
     return _flops(x_shape, [weight_shape], layout)
+
+
+@register_flop_formula(torch.ops.structlayers.ks_frozen)
+def _ks_frozen_flops(x_shape, weight_shapes, lengths, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
+    # Those of the factors, which come first, whatever form is multiplied by.
+    return _flops(x_shape, weight_shapes[: lengths[0]], layout)
 
 
 @register_flop_formula(torch.ops.structlayers.ks_weight_grad)
@@ -363,21 +410,21 @@ def ks_chain(
 ) -> Tensor:  # (..., out_features), batch-last (out_features, ...)
     """Multiply by a chain of factors, the last one first: ``y = activation(x @ (K_1 ... K_L).T + bias)``.
 
-    When gradients are recorded, the input of every factor is kept for the backward pass; with ``recompute=True`` only
-    ``x`` is kept and the rest is computed again. Sizes and errors as in :func:`ks_linear`; also :class:`ChainError`
-    where neighbours do not compose.
+    When gradients are recorded, the input of every factor and of the activation is kept for the backward pass; with
+    ``recompute=True`` only ``x`` is kept and the rest is computed again. Sizes and errors as in :func:`ks_linear`; also
+    :class:`ChainError` where neighbours do not compose.
     """
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
         weights = [_cast(weight, dtype) for weight in weights]
     layout = layout if layout.__class__ is str else Layout(layout).value
-    if len(weights) == 1:
+    whole = recompute or not _records(x, *weights)
+    if whole and len(weights) == 1:
         # PyTorch's bookkeeping is several times slower for an operator that takes a list of tensors.
         return _linear(x, weights[0], bias, in_features, out_features, layout, activation, backend)
-    records = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
-    if recompute or not records:
-        return torch.ops.structlayers.ks_chain(x, weights, bias, in_features, out_features, layout, activation, backend)
+    if whole:
+        return _chain(x, weights, bias, in_features, out_features, layout, activation, backend)
     if not torch.compiler.is_compiling():
         # The factors check themselves too, but not that they form one chain of these sizes.
         check_product(x, weights, bias, out_features, in_features, layout, activation)
@@ -385,4 +432,38 @@ def ks_chain(
     for weight in weights[:0:-1]:
         y = _linear(y, weight, None, size, None, layout, "none", backend)
         size = None
-    return _linear(y, weights[0], bias, size, out_features, layout, activation, backend)
+    if activation not in _KEEPS_ITS_INPUT:
+        return _linear(y, weights[0], bias, size, out_features, layout, activation, backend)
+    return activate(_linear(y, weights[0], bias, size, out_features, layout, "none", backend), activation)
+
+
+# Activations whose derivative is found from their input, not from their output as ReLU's is.
+_KEEPS_ITS_INPUT = ("gelu", "gelu_tanh", "silu")
+
+
+def ks_frozen(
+    x: Tensor,  # (..., in_features), batch-last (in_features, ...)
+    weights: Sequence[Tensor],  # one (a, d, b, c) per factor of every form, form after form
+    lengths: Sequence[int],
+    bias: Tensor | None,  # (out_features,)
+    in_features: int,
+    out_features: int,
+    layout: str,
+    activation: str,
+    backend: str,
+) -> Tensor:  # (..., out_features), batch-last (out_features, ...)
+    """Multiply by a chain that is held in several forms, by the one that is cheapest for the batch of ``x``.
+
+    ``lengths``: how many weights each form has; the first form is that of the factors themselves. Differentiable in
+    ``x`` and ``bias``; the weights are constants. Errors as in :func:`ks_chain`.
+    """
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
+        weights = [_cast(weight, dtype) for weight in weights]
+    options = (in_features, out_features, layout, activation, backend)
+    if not _is_plain(x, *weights, bias):
+        return torch.ops.structlayers.ks_frozen(x, weights, lengths, bias, *options)
+    if _records(x, bias):
+        return _RecordedFrozen.apply(x, weights, lengths, bias, *options)
+    return _ks_frozen(x, weights, lengths, bias, *options)

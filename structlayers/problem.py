@@ -53,6 +53,10 @@ class Problem:
         index = torch.cuda.current_device() if device.index is None else device.index
         return cls(pattern, n, dtype, device.type, layout, tf32, index, _capability(index))
 
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        return (self.pattern,)
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{tuple(self.pattern)}, n={self.n}, {dtype}, {self.layout.value}, {self.device_type}"

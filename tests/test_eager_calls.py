@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlayers import ks_chain, ks_linear, ops
+from structlayers import ks_chain, ks_linear, ops, prepared
 from structlayers.errors import ShapeError
 from structlayers.problem import ACTIVATIONS
 
@@ -105,17 +105,17 @@ def test_every_call_is_checked():
 
 def test_what_was_prepared_is_found_again_and_does_not_pile_up(monkeypatch):
     made = []
-    make = ops._make_plan
-    monkeypatch.setattr(ops, "_make_plan", lambda *arguments: made.append(1) or make(*arguments))
-    monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops, "_MOST_PLANS", 5)
+    make = prepared._make_plan
+    monkeypatch.setattr(prepared, "_make_plan", lambda *arguments: made.append(1) or make(*arguments))
+    monkeypatch.setattr(prepared, "_plans", {})
+    monkeypatch.setattr(prepared, "_MOST_PLANS", 5)
     _, w, bias = (tensor.detach() for tensor in tensors(torch.float32))
     for _ in range(3):
         ks_linear(torch.randn(7, 24), w, bias)
     assert len(made) == 1
     for n in range(20):
         ks_linear(torch.randn(n, 24), w, bias)
-        assert len(ops._plans) <= 5
+        assert len(prepared._plans) <= 5
     try:
         torch.set_float32_matmul_precision("high")
         before = len(made)

@@ -128,7 +128,7 @@ def test_bad_rules_are_named_and_change_nothing(rule, message):
 def test_bad_spec_and_bad_init():
     with pytest.raises(ChainError, match=r"\(1,2,3\)"):
         SwapRule("(1,2,3)")
-    with pytest.raises(ConfigError, match="init = 'svd': expected 'random' or 'project'"):
+    with pytest.raises(ConfigError, match="init = 'svd': expected 'random', 'project' or 'project_data'"):
         swap_linears(Net(), MONARCH, init="svd")
 
 

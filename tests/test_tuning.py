@@ -15,7 +15,7 @@ from structlayers import Layout, Pattern, ks_linear
 from structlayers.backends import auto, cuda, resolve, tuning
 from structlayers.backends.tuning import Entry
 from structlayers.bench import products
-from structlayers.bench.products import Result
+from structlayers.bench.results import Result
 from structlayers.bench.timing import TimingPlan
 from structlayers.bench.tune import fastest, problems_of, tune
 from structlayers.errors import BackendError, ConfigError
@@ -142,6 +142,7 @@ def test_another_version_does_not_read_the_entries_but_keeps_them(cache_file, mo
         b'{"format": 1, "entries": {"x": {"tile": "run4"}}}',
         b'{"format": 1, "entries": {"x": {"backend": 3}}}',
         b'{"format": 1, "entries": {"x": {"backend": "bmm", "tile": ["run4"]}}}',
+        b'{"format": 1, "entries": {"x": {"backend": "bmm", "time_ms": "soon"}}}',
     ],
 )
 def test_a_corrupt_file_is_ignored_with_a_warning_and_rebuilt(cache_file, content):
@@ -223,7 +224,9 @@ def test_tune_stores_the_fastest(cache_file):
     ((tuned, entry),) = tune([problem], plan=plan).items()
     assert tuned == problem
     assert entry.backend in ("einsum", "bmm", "dense")
-    assert on_disk(cache_file) == {tuning.key(problem): {"backend": entry.backend, "tile": None}}
+    assert entry.time_ms > 0
+    stored = {"backend": entry.backend, "tile": None, "time_ms": entry.time_ms}
+    assert on_disk(cache_file) == {tuning.key(problem): stored}
 
 
 def test_the_fastest_right_result_wins():

@@ -1,13 +1,20 @@
-"""``backend="auto"``: a pure function from the problem to the name of a backend."""
+"""What a product is expected to cost, and ``backend="auto"``: pure functions of the problem.
+
+The costs of whole chains in :mod:`structlayers.plans` are sums of these.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from structlayers.backends.bmm import group_size
+from structlayers.backends.fused import TILE_ROWS, PairProblem, choose_pair_tile
 from structlayers.backends.tiles import SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
+from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
 
 
@@ -23,7 +30,7 @@ class CpuCosts:
     # Every block, and every row of the batch in every block, whatever the size of the block.
     block: float = 0.0
     row_block: float = 0.0
-    # Every element of the dense weight that is built first.
+    # Every element of the dense weight that is built first; none is where the factor is one block.
     dense_element: float = 0.0
 
 
@@ -58,7 +65,7 @@ def cpu_cost_s(name: str, problem: Problem) -> float:
         return (
             costs.call
             + costs.element * elements
-            + costs.dense_element * dense_elements
+            + (costs.dense_element * dense_elements if pattern.n_blocks > 1 else 0.0)
             + SECONDS_PER_FLOP * 2 * n * dense_elements
         )
     group = group_size(pattern, n, "cpu") if name == "bmm" and problem.layout is Layout.BATCH_FIRST else 1
@@ -100,13 +107,19 @@ WGMMA_BYTES_PER_S = 4.6e12
 BMM_ROW_BLOCK_S = 4.8e-11
 
 
+def _gpu_rates(dtype: torch.dtype, tf32: bool) -> GpuRates:
+    return GPU_RATES["16bit" if dtype.itemsize == 2 else "tf32" if tf32 else "float32"]
+
+
 def gpu_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of one product on a GPU: the larger of traffic and arithmetic, plus a call."""
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
-    kind = "16bit" if itemsize == 2 else "tf32" if problem.tf32 else "float32"
-    rates, traffic, last = GPU_RATES[kind], pattern.bytes(n, itemsize), problem.layout is Layout.BATCH_LAST
+    rates, traffic = _gpu_rates(problem.dtype, problem.tf32), pattern.bytes(n, itemsize)
+    last = problem.layout is Layout.BATCH_LAST
     if name == "dense":
         elements = pattern.in_features * pattern.out_features
+        if pattern.n_blocks == 1:
+            return CALL_S + max(traffic / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
         # The dense weight is filled with zeros, given its values and read.
         moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
         return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
@@ -138,6 +151,55 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     # Blocks are padded to the tensor cores' tiles.
     padded = problem.pattern.flops(problem.n) * (-(-b // 16) * 16 / b) * (-(-c // 16) * 16 / c)
     return max(traffic / COPY_BYTES_PER_S / CUDA_SHARE, padded / (rates.cuda_last if last else rates.cuda_first))
+
+
+# A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, as
+# fitted to the five pairs of csrc/NOTES.md (0.8 to 1.2 times what was measured). H100 and H200 have 132 SMs.
+PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S, HOPPER_SMS = 0.75, 0.6, 2.0e9, 132
+
+
+def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
+    """Estimated seconds of a chainable pair in one kernel, or what was measured where ``tuned`` has it.
+
+    The largest of traffic, arithmetic and the rounds of tiles: every cluster takes the weights of its group again for
+    every tile, so that a small batch keeps few SMs busy.
+    """
+    if tuned is not None and tuned.time_ms is not None and tuned.backend == "fused":
+        return tuned.time_ms / 1e3
+    link, n, rates = problem.link, problem.n, _gpu_rates(problem.dtype, problem.tf32)
+    elements = n * (link.right.in_features + link.left.out_features) + link.left.nnz + link.right.nnz
+    traffic = elements * problem.dtype.itemsize / COPY_BYTES_PER_S / PAIR_SHARE
+    arithmetic = (link.left.flops(n) + link.right.flops(n)) / rates.matmul / PAIR_MATMUL_SHARE
+    tile = choose_pair_tile(problem, None if tuned is None else tuned.tile)
+    tiles = -(-n // TILE_ROWS) * link.left.a
+    rounds = -(-tiles // (HOPPER_SMS // tile.cluster))
+    return CALL_S + max(traffic, arithmetic, rounds * tile.cycles / PAIR_CYCLES_PER_S)
+
+
+# Fitted to 11 chainable pairs (products of 256 to 17 million elements) on the CPU of the costs above.
+CPU_MERGE_CALL_S, CPU_MERGE_ELEMENT_S = 1.3e-5, 1.3e-9
+# Both factors and the product are permuted around one batched product.
+GPU_MERGE_CALLS = 4
+
+
+def merge_cost_s(link: Link, dtype: torch.dtype, device_type: str) -> float:
+    """Estimated seconds of multiplying two neighbouring factors into one."""
+    elements = link.left.nnz + link.right.nnz + 2 * link.product.nnz
+    flops = 2 * link.product.nnz * link.rank
+    if device_type == "cpu":
+        return CPU_MERGE_CALL_S + CPU_MERGE_ELEMENT_S * elements + SECONDS_PER_FLOP * flops
+    traffic = elements * dtype.itemsize / COPY_BYTES_PER_S / BMM_PERMUTED_SHARE
+    return GPU_MERGE_CALLS * CALL_S + traffic + flops / _gpu_rates(dtype, False).matmul
+
+
+def cost_s(name: str, problem: Problem, tuned: Entry | None = None) -> float:
+    """Estimated seconds of one product with the backend ``name``, or what was measured where ``tuned`` has it."""
+    if tuned is not None and tuned.time_ms is not None and tuned.backend == name:
+        # As measured at one batch of the bucket.
+        return tuned.time_ms / 1e3
+    if problem.device_type == "cpu":
+        return cpu_cost_s(name if name in CPU_COSTS[problem.layout] else "bmm", problem)
+    return gpu_cost_s(name, problem)
 
 
 # What auto chooses from on a GPU; einsum is bmm with more copies, but the tuning cache may know better.

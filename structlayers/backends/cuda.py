@@ -11,6 +11,8 @@ from structlayers._extension import built_for_sm90a, why_missing
 from structlayers.backends import tuning
 from structlayers.backends.base import Backend, Product
 from structlayers.backends.tiles import Tile, choose_tile
+from structlayers.backends.weight_grad_tiles import GradChoice, choose_grad_tile
+from structlayers.errors import BackendError
 from structlayers.patterns import Pattern
 from structlayers.problem import ACTIVATIONS, Layout, Problem
 
@@ -20,6 +22,12 @@ _library = torch.library.Library("structlayers", "FRAGMENT")
 _library.define(
     "cuda_product(Tensor x, Tensor weight, Tensor? bias, int out_features, bool batch_last, int activation, "
     "bool split, int tile) -> Tensor"
+)
+# dy is (N, out_features) and x (N, in_features), or (features, N) batch-last, both with stride 1 in the last dimension;
+# a, b, c, d is the pattern; tile is a number of backends/weight_grad_tiles.py; splits cuts the batch.
+_library.define(
+    "cuda_weight_grad(Tensor dy, Tensor x, int a, int b, int c, int d, bool batch_last, bool split, int tile, "
+    "int splits) -> Tensor"
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,6 +68,34 @@ def multiply(x: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     return prepare(problem, "none", pattern.out_features)(x, weight, None)
 
 
+def weight_grad(
+    dy: Tensor,  # (N, out_features), batch-last (out_features, N); out_features up to a*b*d
+    x: Tensor,  # (N, in_features), batch-last (in_features, N); in_features up to a*c*d
+    pattern: Pattern,
+    layout: Layout,
+    choice: GradChoice | None = None,
+) -> Tensor:  # (a, d, b, c)
+    """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; ``choice`` overrides the tile and the splits.
+
+    The same numbers in every run: the splits are added in order. Raises :class:`BackendError` on a GPU with less shared
+    memory than any tile needs.
+    """
+    problem = Problem.on(x.device, pattern, x.shape[0 if layout is Layout.BATCH_FIRST else 1], x.dtype, layout)
+    choice = choice or choose_grad_tile(problem, _multiprocessors(problem.device_index))
+    if choice is None:
+        raise BackendError(f"weight gradient of {problem}: every tile needs more shared memory than this GPU has")
+    dy, x = (t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous() for t in (dy, x))
+    split = problem.dtype == torch.float32 and not problem.tf32
+    last = layout is Layout.BATCH_LAST
+    kernel = torch.ops.structlayers.cuda_weight_grad.default
+    return kernel(dy, x, *pattern, last, split, choice.tile.number, choice.splits)
+
+
+@cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
 def reason_against(problem: Problem) -> str | None:
     if problem.device_type != "cuda":
         return f"the tensors are on {problem.device_type}: expected cuda"
@@ -76,4 +112,4 @@ def _why_device_does_not_serve(device: int) -> str | None:
     return None
 
 
-BACKEND = Backend("cuda", multiply, reason_against, prepare)
+BACKEND = Backend("cuda", multiply, reason_against, prepare, weight_grad, weight_grad_of_logical_sizes=True)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from structlayers.backends import resolve
-from structlayers.backends.base import Product
+from structlayers.backends.base import Product, activate
 from structlayers.problem import Layout, Problem
-
-_EPILOGUES = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def resize_features(x: Tensor, size: int, layout: Layout) -> Tensor:
@@ -41,6 +33,6 @@ def prepare(problem: Problem, activation: str, out_features: int, backend: str) 
         if bias is not None:
             # In place: every product writes a fresh tensor.
             y.add_(bias if layout is Layout.BATCH_FIRST else bias[:, None])
-        return (y if activation == "none" else _EPILOGUES[activation](y)).contiguous()
+        return activate(y, activation).contiguous()
 
     return product

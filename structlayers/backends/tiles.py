@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from structlayers.patterns import Pattern
 from structlayers.problem import Layout, Problem
 
 
@@ -14,7 +15,8 @@ from structlayers.problem import Layout, Problem
 class Tile:
     """One compiled tile: ``rows`` of the batch, ``columns`` values of j and ``run`` neighbouring l a CTA.
 
-    ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions.
+    ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
+    ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x.
     """
 
     name: str
@@ -24,6 +26,14 @@ class Tile:
     rows: int
     columns: int
     wgmma: bool = False
+    registers: bool = False
+    cluster: int = 1
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces (of 16-bit elements)."""
+        if not self.registers:
+            return True
+        return pattern.c % 8 == 0 and (pattern.d == self.run or (self.run == 16 < pattern.d and pattern.d % 8 == 0))
 
 
 _FIRST, _LAST = Layout.BATCH_FIRST, Layout.BATCH_LAST
@@ -45,6 +55,13 @@ TILES_16BIT = (
     Tile("wgmma8", 13, _FIRST, 8, 64, 64, wgmma=True),
     Tile("wgmma16", 14, _FIRST, 16, 32, 64, wgmma=True),
     Tile("wgmma16_wide", 15, _FIRST, 16, 32, 64, wgmma=True),
+    Tile("registers2", 20, _FIRST, 2, 128, 128, wgmma=True, registers=True),
+    Tile("registers4", 21, _FIRST, 4, 128, 64, wgmma=True, registers=True),
+    Tile("registers4_wide", 22, _FIRST, 4, 64, 128, wgmma=True, registers=True),
+    Tile("registers4_pair", 25, _FIRST, 4, 128, 64, wgmma=True, registers=True, cluster=2),
+    Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True),
+    Tile("registers16", 24, _FIRST, 16, 64, 32, wgmma=True, registers=True),
+    Tile("registers16_pair", 26, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
 )
@@ -70,7 +87,11 @@ def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     """
     table = TILES_32BIT if problem.dtype == torch.float32 else TILES_16BIT
     hopper = wgmma and problem.capability == HOPPER
-    tiles = [tile for tile in table if tile.layout is problem.layout and (hopper or not tile.wgmma)]
+    tiles = [
+        tile
+        for tile in table
+        if tile.layout is problem.layout and (hopper or not tile.wgmma) and tile.takes(problem.pattern)
+    ]
     if problem.pattern.c <= SMALL_BLOCK:
         tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
     return tiles
@@ -89,6 +110,9 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         return tiles["last_narrow" if b <= 64 else "last"]
     if problem.n <= 64:
         return tiles["run1_short"]
+    registers = _registers_tile(b, c, d)
+    if registers in tiles:
+        return tiles[registers]
     if "wgmma1" in tiles:
         if d > 8:
             return tiles["wgmma16_wide" if d >= 64 and b > 64 and c > 64 else "wgmma16"]
@@ -100,3 +124,15 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     if d <= 4:
         return tiles["run4_tall" if b <= 64 and "run4_tall" in tiles else "run4"]
     return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
+
+
+def _registers_tile(b: int, c: int, d: int) -> str:
+    """The name of the tile that reads x and w least often from the L2."""
+    if d == 4:
+        if b <= 64:
+            return "registers4"
+        # The wide tile keeps w in shared memory up to c = 128.
+        return "registers4_wide" if c <= 128 else "registers4_pair"
+    if d > 8:
+        return "registers16" if b <= 32 else "registers16_pair"
+    return f"registers{d}"

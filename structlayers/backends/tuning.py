@@ -11,15 +11,17 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from structlayers.files import replace_file
-from structlayers.problem import Problem
+from structlayers.patterns import Pattern
+from structlayers.problem import Layout
 
 ENVIRONMENT = "STRUCTLAYERS_TUNING_CACHE"
 # Of the file; a file of another format is rebuilt.
@@ -28,10 +30,34 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest backend of a problem, and the fastest tile of the compiled kernels whether or not they are that."""
+    """The fastest backend of a problem, and the fastest tile of the compiled kernels whether or not they are that.
+
+    ``time_ms``: how long that backend took, for the plans of whole chains; estimates serve where it is None. For a
+    pair of factors the backend is "fused", or "unfused" where two kernels were faster.
+    """
 
     backend: str
     tile: str | None = None
+    time_ms: float | None = field(default=None, compare=False)
+
+
+class Tunable(Protocol):
+    """What names an entry: a :class:`Problem` or a pair of factors on some device."""
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def tf32(self) -> bool: ...
+    @property
+    def device_type(self) -> str: ...
+    @property
+    def device_index(self) -> int: ...
 
 
 # What this process knows; None before the file is read. The generation tells those who keep choices that it changed.
@@ -53,18 +79,18 @@ def batch_bucket(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def key(problem: Problem) -> str | None:
+def key(problem: Tunable) -> str | None:
     """The name of a problem in the cache; None where nothing is tuned: on a CPU, or for an empty batch."""
     device = device_name(problem)
     if device is None or problem.n == 0:
         return None
     dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
-    a, b, c, d = problem.pattern
+    patterns = "".join(f"({p.a},{p.b},{p.c},{p.d})" for p in problem.patterns)
     bucket = batch_bucket(problem.n)
-    return f"{device}, structlayers {_version()}, {dtype}, {problem.layout.value}, ({a},{b},{c},{d}), n<={bucket}"
+    return f"{device}, structlayers {_version()}, {dtype}, {problem.layout.value}, {patterns}, n<={bucket}"
 
 
-def device_name(problem: Problem) -> str | None:
+def device_name(problem: Tunable) -> str | None:
     """The GPU of a problem; None on a CPU, where nothing is tuned, and where there is no GPU."""
     return _gpu_name(problem.device_index) if problem.device_type == "cuda" else None
 
@@ -82,7 +108,7 @@ def _version() -> str:
         return "unknown"
 
 
-def lookup(problem: Problem) -> Entry | None:
+def lookup(problem: Tunable) -> Entry | None:
     """What was measured for ``problem``, or for another batch of its bucket; the file is read at the first call."""
     global _entries
     name = key(problem)
@@ -110,6 +136,8 @@ def read(path: Path) -> dict[str, Entry]:
         for name, entry in entries.items():
             if not isinstance(entry.backend, str) or not isinstance(entry.tile, str | None):
                 raise ValueError(f"{entry} of {name!r}: expected names")
+            if not isinstance(entry.time_ms, float | int | None):
+                raise ValueError(f"{entry} of {name!r}: expected a time in milliseconds")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -152,6 +180,10 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _replace(target: Path, entries: Mapping[str, Entry]) -> None:
     """Write beside ``target`` and rename, so that a reader sees the old file or the new one."""
-    content = {"format": FORMAT, "entries": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+    listed = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    for entry in listed.values():
+        if entry["time_ms"] is None:
+            del entry["time_ms"]
+    content = {"format": FORMAT, "entries": listed}
     text = json.dumps(content, indent=1)
     replace_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from structlayers.epilogues import linear_activation
 from structlayers.errors import ConfigError
 from structlayers.models._validate import divides, hidden_width, positive, probability
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linears with a GELU between them."""
+    """Two linears with a GELU between them, one op with the first where that is a structured layer."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., dim) to (..., dim)."""
-        return self.down(self.activation(self.up(x)))
+        return self.down(linear_activation(self.up, self.activation, x))
 
 
 class Block(nn.Module):
