@@ -1,15 +1,15 @@
 """Time a model, dense beside structured: ``python infer.py [ckpt_path=...] [group=file ...] [key=value ...]``.
 
 From a checkpoint of train.py, with its test metric, or from a model configuration with random weights. The run folder
-gets rows.jsonl and latency.png. ``python infer.py --help`` lists what can be overridden; configs/infer.yaml says what
-it means.
+gets rows.jsonl and latency.png; a run that was killed goes on in its folder (``hydra.run.dir=``) with what is missing.
+``python infer.py --help`` lists what can be overridden; configs/infer.yaml says what it means.
 """
 
 import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from structlayers.bench.models import ModelSweep, random_input, time_model
 from structlayers.bench.plot import plot_rows
-from structlayers.bench.rows import Row, append_rows, table
+from structlayers.bench.rows import Row, append_rows, read_rows, table
+from structlayers.bench.sweep import WandbLog
 from structlayers.bench.timing import TimingPlan
 from structlayers.build import build_model
 from structlayers.cli import entry_point
@@ -71,14 +72,24 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         device=device,
         oracle_rows=cfg.oracle_rows,
         roofline=cfg.roofline,
+        frozen=listed(cfg.freeze),
+        epilogue=cfg.epilogue,
+        one_factor=cfg.one_factor,
+        free=cfg.free,
+        energy=cfg.energy,
+        energy_window_s=cfg.energy_window_s,
         plan=TimingPlan(**cfg.bench),
     )
 
 
 def structure_name(structure: Any) -> str:
-    """How the rows call a structure: its name, or "chain" where it is spelt out."""
-    name = structure.get("structure", "dense") if isinstance(structure, dict) else "mixed"
-    return "chain" if name.startswith("(") else name
+    """How the rows call a structure: its name, "chain" where it is spelt out, "mixed" for rules of several names."""
+    if not isinstance(structure, dict):
+        return "mixed"
+    rules = structure.get("rules", [structure])
+    names = {rule.get("structure", "dense") for rule in rules}
+    names = {"chain" if name.startswith("(") else name for name in names}
+    return names.pop() if len(names) == 1 else "mixed"
 
 
 def from_config(cfg: DictConfig) -> Subject:
@@ -88,7 +99,7 @@ def from_config(cfg: DictConfig) -> Subject:
     model_args = config["model_args"] or instantiate(cfg.data).model_args()
     model, report = build_model(config["model"], config["structure"], model_args)
     print(report)
-    name = f"{type(model).__name__}, random weights"
+    name = cfg.name or f"{type(model).__name__}, random weights"
     return Subject(
         model, name, structure_name(config["structure"]), lambda batch: random_input(model_args, batch, cfg.seed)
     )
@@ -107,7 +118,7 @@ def from_checkpoint(cfg: DictConfig, device: torch.device) -> Subject:
     model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
     model.eval()
     print(f"{path}\n{report}")
-    name, structure = f"{type(model).__name__} of {path}", structure_name(config["structure"])
+    name, structure = cfg.name or f"{type(model).__name__} of {path}", structure_name(config["structure"])
     if not cfg.evaluate:
         return Subject(model, name, structure, lambda batch: random_input(model_args, batch, cfg.seed))
     # The data may have moved since the training: data.<key>=... still counts.
@@ -169,13 +180,27 @@ def main(cfg: DictConfig) -> None:
     subject = from_checkpoint(cfg, torch.device(sweep.device)) if cfg.ckpt_path else from_config(cfg)
 
     folder = Path(cfg.output_dir)
-    rows: list[Row] = []
-    timed = time_model(subject.model, subject.name, subject.structure, subject.make_input, sweep, subject.metrics)
+    path = folder / "rows.jsonl"
+    rows = [row for row in read_rows(path) if row.case == subject.name] if path.exists() else []
+    done = {(row.dtype, row.batch) for row in rows}
+    log = WandbLog(cfg.wandb, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    timed = time_model(
+        subject.model,
+        subject.name,
+        subject.structure,
+        subject.make_input,
+        sweep,
+        subject.metrics,
+        lambda dtype, batch: (dtype, batch) in done,
+    )
     for found in timed:
-        append_rows(folder / "rows.jsonl", found)
+        append_rows(path, found)
         rows += found
+        for row in found:
+            log.log(asdict(row))
         print(f"{found[0].dtype}, batch {found[0].batch}: {len(found)} variants done", flush=True)
-    print(f"\n{summary(rows)}\n\nrows: {folder / 'rows.jsonl'}")
+    log.finish()
+    print(f"\n{summary(rows)}\n\nrows: {path}")
     if not any(row.status == "timed" for row in rows):
         raise DataError("no variant could be timed; the table says why")
     if cfg.plot:

@@ -72,6 +72,47 @@ def test_random_weights(run):
     assert "monarch, einsum" in out and "MLP, random weights" in out
 
 
+def test_a_killed_run_goes_on_in_its_folder(run):
+    arguments = ["model.width=64", "structure.options.blocks=4", "plot=false", "batch_size=[1,2]"]
+    folder, _ = run(*arguments[:3], "batch_size=1")
+    first = (folder / "rows.jsonl").read_text()
+    # A kill leaves half a line.
+    (folder / "rows.jsonl").write_text(first + first[:100])
+    folder, out = run(*arguments)
+    assert (folder / "rows.jsonl").read_text().startswith(first)
+    assert [row.batch for row in read_rows(folder / "rows.jsonl")] == [1, 1, 2, 2]
+    assert "batch 1: " not in out and "float32, batch 2: 2 variants done" in out
+    before = (folder / "rows.jsonl").read_text()
+    _, out = run(*arguments)
+    assert (folder / "rows.jsonl").read_text() == before and "monarch, auto" in out
+
+
+def test_how_rows_call_a_structure(infer):
+    spec = {"structure": "(1,2,2,1)"}
+    assert infer.structure_name({"structure": "monarch"}) == "monarch"
+    assert infer.structure_name({}) == "dense"
+    assert infer.structure_name(spec) == infer.structure_name({"rules": [spec, spec]}) == "chain"
+    assert infer.structure_name({"rules": [spec, {"structure": "monarch"}]}) == "mixed"
+
+
+def test_an_experiment_at_a_small_size(run):
+    small = ["experiment=infer/block", "model_args={input_shape: [4, 16]}", "batch_size=2", "dtype=float32"]
+    folder, out = run(*small, "compile=[false,graphed]", "freeze=false", "energy=true", "name=tiny block")
+    rows = read_rows(folder / "rows.jsonl")
+    assert {row.case for row in rows} == {"tiny block"}
+    assert [row.variant for row in rows if row.status == "timed"] == [
+        "dense",
+        "dense, epilogue",
+        "dense as one factor, auto",
+        "monarch, auto",
+        "linears free",
+    ]
+    assert {row.energy_reason for row in rows if row.status == "timed"} == {
+        "NVML reads NVIDIA GPUs; this device is cpu"
+    }
+    assert "captures CUDA graphs" in out
+
+
 def test_a_checkpoint_with_its_metric(run, checkpoint):
     folder, out = run(f"ckpt_path={checkpoint}", "batch_size=500", "dtype=[float32,bfloat16]", "plot=false")
     rows = read_rows(folder / "rows.jsonl")

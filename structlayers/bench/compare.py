@@ -1,13 +1,15 @@
 """The comparison that every benchmark runs: check each contender against the oracle, then time them in turns."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from structlayers.bench.cost import count_flops, peak_memory
+from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.machine import Roofline
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED, Row
 from structlayers.bench.timing import Timing, TimingPlan, time_interleaved
@@ -61,6 +63,9 @@ class Conditions:
     roofline: Roofline | None = None
     machine: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    energy: EnergyColumn | None = None
+    state: Mapping[str, float] = field(default_factory=dict)
+    command: str = ""
 
 
 @torch.inference_mode()
@@ -100,7 +105,21 @@ def compare(case: Case, variants: list[Variant], conditions: Conditions) -> list
         base = timings.get(row.baseline or "")
         if isinstance(base, Timing):
             row.speedup = base.p50_ms / timing.p50_ms
+        if conditions.energy is not None:
+            row.idle_power_w = conditions.energy.idle_power_w
+            conditions.energy.fill(row, calls[name], case.batch, calls=1)
     return list(rows.values())
+
+
+@contextmanager
+def room_to_compile(compiles: bool = True) -> Iterator[None]:
+    """Let torch.compile make a program for every variant: beyond its limit it would run eagerly and not say so."""
+    if not compiles:
+        yield
+        return
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+        yield
 
 
 def describe_error(error: BaseException) -> str:
@@ -146,6 +165,8 @@ def _empty_row(case: Case, variant: Variant, conditions: Conditions) -> Row:
         tolerance=case.tolerance,
         metrics=dict(conditions.metrics),
         machine=dict(conditions.machine),
+        state=dict(conditions.state),
+        command=conditions.command,
     )
 
 

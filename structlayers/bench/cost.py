@@ -41,11 +41,19 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> tuple[int, 
 
 def count_flops(call: Callable[[], object]) -> int:
     """FLOPs of the matrix products, convolutions and attention in one call, counted by ``FlopCounterMode``."""
-    # torch 2.13 has formulas for the CUDA attention kernels, none for the CPU one.
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    # torch 2.13 has formulas for the CUDA attention kernels, none for the CPU one, and none for a product with an
+    # activation.
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._addmm_activation: _addmm_flops,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
     return counter.get_total_flops()
+
+
+def _addmm_flops(bias: Any, left: Any, right: Any, *_: object, **__: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: object, out_shape: object = None, **__: object) -> int:

@@ -1,15 +1,16 @@
 """Rows of the kernel benchmark, one JSON line per case, and what they amount to."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from structlayers.bench.grid import neighbour
-from structlayers.bench.products import DENSE, DENSE_BUILT, Result
-from structlayers.errors import DataError
+from structlayers.bench.jsonl import append_lines, compact, read_lines
+from structlayers.bench.products import DENSE, DENSE_BUILT
+from structlayers.bench.results import Result
 from structlayers.patterns import Pattern
 
 # What the kernels are measured against: the best of what PyTorch offers.
@@ -38,7 +39,11 @@ class KernelRow:
     gpu: str | None = None
     driver: str | None = None
     torch: str | None = None
-    clocks: str | None = None
+    clocks: str | None = None  # of older rows, as the driver's command prints them
+    state: dict[str, float] = field(default_factory=dict)  # clocks, temperature, power and load after the case
+    idle_power_w: float | None = None
+    busy: str | None = None  # why the timings are doubtful
+    command: str | None = None
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
@@ -61,40 +66,21 @@ class KernelRow:
 
 def append_row(path: Path, row: KernelRow) -> None:
     """Append to a JSON-lines file, after cutting off a last line that a killed run left unfinished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-        file.write((json.dumps(_compact(asdict(row)), allow_nan=False) + "\n").encode())
+    append_lines(path, [compact(asdict(row))])
 
 
-def _compact(value: object) -> object:
-    """Without what is None or empty, and times to five digits: a sweep has thousands of rows."""
-    if isinstance(value, dict):
-        return {name: _compact(entry) for name, entry in value.items() if entry not in (None, "")}
-    if isinstance(value, list | tuple):
-        return [_compact(entry) for entry in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def read_rows(path: Path, broken: list[str] | None = None) -> list[KernelRow]:
+    """What :func:`append_row` wrote; ``broken`` as in :func:`structlayers.bench.jsonl.read_lines`."""
+    return read_lines(path, parse_row, "row of the kernel benchmark", broken)
 
 
-def read_rows(path: Path) -> list[KernelRow]:
-    """What :func:`append_row` wrote, without a last line cut short; raises ``DataError`` for a line that is no row."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
+def parse_row(values: dict[str, Any]) -> KernelRow:
+    """The row of one line; raises what a line that is none raises."""
     known = {entry.name for entry in fields(KernelRow)}
-    rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            values = {name: value for name, value in json.loads(line).items() if name in known}
-            values["pattern"] = tuple(Pattern.of_entries(values["pattern"]))
-            values["results"] = [Result(**result) for result in values["results"]]
-            rows.append(KernelRow(**values))
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise DataError(f"{path}, line {number}: not a row of the kernel benchmark: {error}") from error
-    return rows
+    values = {name: value for name, value in values.items() if name in known}
+    values["pattern"] = tuple(Pattern.of_entries(values["pattern"]))
+    values["results"] = [Result(**result) for result in values["results"]]
+    return KernelRow(**values)
 
 
 # ---- text

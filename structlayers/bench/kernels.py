@@ -1,26 +1,37 @@
 """Time the product with one factor by every backend: ``python -m structlayers.bench.kernels [options]``.
 
 Every output is checked against the float64 oracle first. Rows go to a JSON-lines file; cases that are in it already are
-skipped, so that a long sweep can be run in pieces (``--seconds``). At the end, or with ``--summary`` alone, what the
+skipped, so that a long sweep can be run in pieces (``--minutes``). At the end, or with ``--summary`` alone, what the
 rows amount to.
 """
 
 import argparse
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from structlayers.backends import tuning
 from structlayers.bench import grid
+from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.kernel_rows import HEADER, KernelRow, append_row, line, read_rows, summary
-from structlayers.bench.machine import Roofline, describe_machine, measure_roofline
+from structlayers.bench.machine import measure_roofline
 from structlayers.bench.overhead import overhead_table
-from structlayers.bench.products import check_contender, contenders_for, float32_precision, time_product
+from structlayers.bench.products import check_contender, contenders_for, time_product
+from structlayers.bench.sweep import (
+    LOST_CONTEXT,
+    Deadline,
+    Rooflines,
+    StateSampler,
+    WandbLog,
+    add_sweep_options,
+    command_line,
+    device_of,
+    lost_context,
+    machine_of,
+)
 from structlayers.bench.timing import TimingPlan
 from structlayers.bench.tune import DTYPES, problems_of, tune
 from structlayers.errors import BackendError, ChainError, ConfigError, DataError
@@ -51,12 +62,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tiles", action="store_true", help="also every compiled tile by itself")
     add("--tune", action="store_true", help="first measure cases that the tuning cache does not have, and store them")
     add("--cache", type=Path, help="the tuning cache file (default: the user's)")
-    add("--out", type=Path, default=Path("outputs/kernels.jsonl"), help="rows (default %(default)s)")
-    add("--seconds", type=float, default=float("inf"), help="start no new case after so long")
-    add("--budget", type=float, default=0.1, help="seconds of sampling for every contender (default %(default)s)")
-    add("--samples", type=int, nargs=2, default=[10, 100], metavar=("LEAST", "MOST"))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--commit", help="the commit to name in the rows, where the files are not in a git repository")
+    add_sweep_options(options, "outputs/kernels.jsonl")
+    add("--seconds", type=float, default=float("inf"), help="like --minutes, in seconds")
     add("--summary", action="store_true", help="only say what the rows in the file amount to")
     add("--overhead", action="store_true", help="time an eager call from Python to launch instead, in three modes")
     return options
@@ -87,13 +94,15 @@ def _suite(name: str, count: int) -> list[Pattern]:
 
 def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterator[KernelRow]:
     """Rows of the problems that the file does not have yet, one after the other."""
-    device = torch.device(options.device)
+    device = device_of(options.device)
     plan = TimingPlan(budget_s=options.budget, min_samples=options.samples[0], max_samples=options.samples[1])
-    machine = describe_machine(device)
+    machine = machine_of(device, options.commit)
+    energy = EnergyColumn(device, options.energy_window) if options.energy else None
     done: dict[tuple[object, ...], set[str]] = {}
     for row in read_rows(options.out):
-        done.setdefault(row.case, set()).update(result.contender for result in row.results)
-    rooflines: dict[tuple[torch.dtype, bool], Roofline] = {}
+        found = (r.contender for r in row.results if energy is None or r.has_energy or r.energy_reason)
+        done.setdefault(row.case, set()).update(found)
+    rooflines, sampler = Rooflines(device, measure_roofline), StateSampler(device)
     for problem in problems:
         contenders = options.backends or contenders_for(problem, options.tiles)
         dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
@@ -102,10 +111,7 @@ def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterato
             continue
         if options.tune and tuning.lookup(problem) is None:
             tune([problem], options.cache)
-        kind = (problem.dtype, problem.tf32)
-        if kind not in rooflines:
-            rooflines[kind] = _roofline(device, *kind)
-        roofline = rooflines[kind]
+        roofline = rooflines.of(problem.dtype, problem.tf32)
         yield KernelRow(
             pattern=(a, b, c, d),
             n=problem.n,
@@ -115,43 +121,22 @@ def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterato
             floor_ms=roofline.floor_ms(
                 problem.pattern.bytes(problem.n, problem.dtype.itemsize), problem.pattern.flops(problem.n)
             ),
-            results=time_product(problem, contenders, plan),
+            results=time_product(problem, contenders, plan, energy=energy),
             copy_gb_per_s=roofline.copy_gb_per_s,
             matmul_gflop_per_s=roofline.matmul_gflop_per_s,
-            commit=options.commit or _text(machine["commit"]),
+            commit=_text(machine["commit"]),
             gpu=_text(machine.get("gpu", machine["cpu"])),
             driver=_text(machine.get("driver")),
             torch=_text(machine["torch"]),
-            clocks=_clocks(device),
+            state=sampler.now(),
+            idle_power_w=None if energy is None else energy.idle_power_w,
+            busy=_text(machine.get("busy")),
+            command=command_line(),
         )
 
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
-
-
-def _roofline(device: torch.device, dtype: torch.dtype, tf32: bool) -> Roofline:
-    with float32_precision(tf32):
-        measured = measure_roofline(device, dtype)
-    if dtype != torch.float32 or tf32 or device.type != "cuda":
-        return measured
-    # float32 accuracy may also come from three TF32 products.
-    with float32_precision(True):
-        split = measure_roofline(device, dtype).matmul_gflop_per_s / 3
-    return replace(measured, matmul_gflop_per_s=max(measured.matmul_gflop_per_s, split))
-
-
-def _clocks(device: torch.device) -> str | None:
-    """Present and greatest clocks of the multiprocessors and the memory, as the driver names them."""
-    if device.type != "cuda":
-        return None
-    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={torch.cuda.get_device_properties(index).uuid}"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -162,18 +147,21 @@ def run(options: argparse.Namespace) -> None:
     for name in options.backends:
         check_contender(name)
     if not options.summary:
-        start, problems = time.monotonic(), cases(options)
+        deadline, problems = Deadline(min(options.minutes, options.seconds / 60)), cases(options)
         if options.cache is not None:
             tuning.load(options.cache)
         print(HEADER)
+        log = WandbLog(options.wandb, vars(options))
         for row in measure(problems, options):
             append_row(options.out, row)
+            log.log_results(asdict(row))
             print(line(row), flush=True)
-            if any("CUDA error" in result.reason for result in row.results):
-                sys.exit("a kernel failed and took the CUDA context with it; run again to go on after this case")
-            if time.monotonic() - start > options.seconds:
-                print(f"{options.seconds:.0f} s are over; run again to go on with what the file does not have")
+            if lost_context([result.reason for result in row.results]):
+                sys.exit(LOST_CONTEXT)
+            if deadline.over:
+                print(deadline)
                 break
+        log.finish()
     print(summary(read_rows(options.out)))
 
 

@@ -3,20 +3,34 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from structlayers.backends import check_backend
-from structlayers.bench.compare import Case, Conditions, Contender, Variant, compare
+from structlayers.bench.compare import Case, Conditions, Contender, Variant, compare, room_to_compile
+from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.machine import describe_machine, measure_roofline
+from structlayers.bench.model_variants import (
+    as_one_factor,
+    dense_twin,
+    dense_with_epilogue,
+    frozen,
+    has_epilogue,
+    oracle,
+    structured_layers,
+    with_backend,
+    with_free_linears,
+)
+from structlayers.bench.nvml import busy_reason, device_state
 from structlayers.bench.rows import Row
-from structlayers.bench.timing import TimingPlan
+from structlayers.bench.sweep import command_line
+from structlayers.bench.timing import TimingPlan, in_turn
 from structlayers.bench.verify import agreement, sample_rows
 from structlayers.errors import ConfigError
+from structlayers.frozen import FrozenFactors
 from structlayers.nn import KSLinear
 from structlayers.ops import ks_chain
 from structlayers.problem import Layout
@@ -28,17 +42,12 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-COMPILE_MODES = ("no", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# "graphed": compiled, and captured as one CUDA graph that is replayed.
+GRAPHED = "graphed"
+COMPILE_MODES = ("no", "default", GRAPHED, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # A layer is compared on so many of its input rows: the oracle costs far more than the layer.
 _LAYER_ROWS = 64
-
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class ModelSweep:
     """What to time a model over. Raises ``ConfigError`` or ``BackendError`` for a value that names nothing known.
 
     ``compiled``: "no" or a mode of ``torch.compile``. ``oracle_rows``: batch entries compared with the oracle (the
-    first and the last ones).
+    first and the last ones). ``frozen``: whether the structured layers are frozen first. ``epilogue``: also
+    dense with the activations of the feed-forwards in cuBLAS's epilogue. ``one_factor``: in float32, also the dense
+    weight by our own kernel as one factor. ``free``: also with free linears, for the latency of all the rest.
     """
 
     batch_sizes: Sequence[int] = (1, 64)
@@ -57,10 +68,16 @@ class ModelSweep:
     device: str = "cpu"
     oracle_rows: int = 8
     roofline: bool = True
+    frozen: Sequence[bool] = (False,)
+    epilogue: bool = False
+    one_factor: bool = False
+    free: bool = False
+    energy: bool = False
+    energy_window_s: float = 1.0
     plan: TimingPlan = field(default_factory=TimingPlan)
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "dtypes", "backends", "layouts", "compiled"):
+        for name in ("batch_sizes", "dtypes", "backends", "layouts", "compiled", "frozen"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name} = {list(values)}: expected at least one value, none of them twice")
@@ -88,41 +105,49 @@ def time_model(
     make_input: Callable[[int], Tensor],
     sweep: ModelSweep,
     metrics: Mapping[str, float] | None = None,
+    done: Callable[[str, int], bool] = lambda dtype, batch: False,
 ) -> Iterator[list[Row]]:
     """Time ``model`` beside its dense twin, yielding the rows of one dtype and batch size at a time.
 
     ``make_input(batch)`` gives the input on the CPU; floating-point inputs are cast to the dtype, as the model is.
     ``metrics`` are what is known of the trained model; ``model`` itself is left as it is. Every row of one list comes
-    from one interleaved run on one input.
+    from one interleaved run on one input, but those with free linears, which have an oracle of their own.
+    ``done(dtype, batch)`` says what is not to be timed again. A batch that does not fit into the memory gives rows
+    that say so, and the next is timed.
     """
     device = torch.device(sweep.device)
     machine = describe_machine(device)
+    if reason := busy_reason(device):
+        machine["busy"] = reason
+    energy = EnergyColumn(device, sweep.energy_window_s) if sweep.energy else None
     for dtype_name in sweep.dtypes:
+        batches = [batch for batch in sweep.batch_sizes if not done(dtype_name, batch)]
+        if not batches:
+            continue
         dtype = DTYPES[dtype_name]
         roofline = measure_roofline(device, dtype) if sweep.roofline else None
-        conditions = Conditions(device, dtype, sweep.plan, roofline, machine, metrics or {})
+        conditions = Conditions(
+            device, dtype, sweep.plan, roofline, machine, metrics or {}, energy, command=command_line()
+        )
         # Weights are rounded to the dtype once, here; the oracle has the rounded ones, so that errors are those of the
         # arithmetic.
         base = copy.deepcopy(model).eval().requires_grad_(False).to(device=device, dtype=dtype)
-        for batch in sweep.batch_sizes:
-            x = make_input(batch).to(device)
-            if x.is_floating_point():
-                x = x.to(dtype)
-            case, variants = _case(base, name, x, sweep.oracle_rows), _variants(base, structure, sweep)
-            with _room_to_compile(sweep.compiled):
-                rows = compare(case, variants, conditions)
+        for batch in batches:
+            try:
+                x = make_input(batch).to(device)
+                if x.is_floating_point():
+                    x = x.to(dtype)
+                case = _case(base, name, x, sweep.oracle_rows)
+            except torch.OutOfMemoryError as error:
+                case = _case_without_input(name, batch, error)
+            variants = _variants(base, structure, sweep, dtype)
+            here = replace(conditions, state=device_state(device))
+            with room_to_compile(set(sweep.compiled) != {"no"}):
+                rows = compare(case, variants, here)
+                if sweep.free and structured_layers(base) and case.x.numel():
+                    free = with_free_linears(base)
+                    rows += compare(_case(free, name, x, sweep.oracle_rows), _free_variants(free, sweep), here)
             yield rows
-
-
-@contextmanager
-def _room_to_compile(modes: Sequence[str]) -> Iterator[None]:
-    """Let torch.compile make a program for every variant: beyond its limit it would run eagerly and not say so."""
-    if set(modes) == {"no"}:
-        yield
-        return
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
-        yield
 
 
 def random_input(model_args: Mapping[str, object], batch: int, seed: int = 0) -> Tensor:
@@ -143,42 +168,13 @@ def random_input(model_args: Mapping[str, object], batch: int, seed: int = 0) ->
         ) from error
 
 
-def structured_layers(model: nn.Module) -> dict[str, KSLinear]:
-    """The structured layers of ``model`` by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, KSLinear)}
-
-
-def dense_twin(model: nn.Module) -> nn.Module:
-    """The same model with every structured layer written out as an ``nn.Linear``: equal outputs, dense cost."""
-    return _replaced(model, _dense_layer)
-
-
-def with_backend(model: nn.Module, backend: str, layout: str = "batch_first") -> nn.Module:
-    """A copy of ``model`` whose structured layers run on ``backend``.
-
-    With layout "batch_last" every structured layer is given its input transposed, and transposes its output back: the
-    model around it stays batch-first, and pays for that.
-    """
-
-    def convert(layer: KSLinear) -> nn.Module:
-        layer = copy.deepcopy(layer)
-        layer.backend, layer.layout = check_backend(backend), layout
-        return layer if layout == Layout.BATCH_FIRST.value else _BatchLast(layer)
-
-    return _replaced(model, convert)
-
-
-def oracle(model: nn.Module) -> nn.Module:
-    """The reference model: float64, every structured layer on the backend "reference"."""
-    return with_backend(model, "reference").double()
-
-
-def layer_tolerance(model: nn.Module) -> float:
-    """Tolerance of the worst linear layer of ``model``, structured or not."""
+def layer_tolerance(model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
+    """Tolerance of the worst linear layer of ``model``, structured or not; of ``dtype`` where it has none."""
     precision = torch.get_float32_matmul_precision()
+    dtype = next((parameter.dtype for parameter in model.parameters()), dtype)
     return max(
         (tolerance(dtype, length, n, float32_precision=precision) for dtype, length, n in _products(model)),
-        default=tolerance(next(model.parameters()).dtype, 1),
+        default=tolerance(dtype, 1),
     )
 
 
@@ -223,18 +219,6 @@ def resolved_backends(model: nn.Module, x: Tensor) -> str:
     return ", ".join(sorted(counts, key=lambda backend: -counts[backend]))
 
 
-class _BatchLast(nn.Module):
-    """A batch-last layer in a batch-first model: ``(..., in)`` to ``(..., out)`` by transposing both ways."""
-
-    def __init__(self, layer: KSLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        columns = x.reshape(-1, x.shape[-1]).T.contiguous()  # (in, N)
-        return self.layer(columns).T.contiguous().unflatten(0, x.shape[:-1])  # (..., out)
-
-
 def _case(base: nn.Module, name: str, x: Tensor, oracle_rows: int) -> Case:
     rows = sample_rows(x.shape[0], oracle_rows)
 
@@ -243,40 +227,85 @@ def _case(base: nn.Module, name: str, x: Tensor, oracle_rows: int) -> Case:
         return oracle(base)(part.double() if part.is_floating_point() else part)
 
     n_layers = max(1, sum(1 for _ in _products(base)))
-    bound = model_tolerance(layer_tolerance(base), n_layers)
+    bound = model_tolerance(layer_tolerance(base, x.dtype if x.is_floating_point() else torch.float32), n_layers)
     return Case(name, x, x.shape[0], run_oracle, lambda out: out[rows], bound)
 
 
-def _variants(base: nn.Module, structure: str, sweep: ModelSweep) -> list[Variant]:
+def _case_without_input(name: str, batch: int, error: Exception) -> Case:
+    """A case of which every row says what happened to its input."""
+
+    def fail() -> Tensor:
+        raise error
+
+    return Case(name, torch.empty(0), batch, fail, lambda out: out, 0.0)
+
+
+def _variants(base: nn.Module, structure: str, sweep: ModelSweep, dtype: torch.dtype) -> list[Variant]:
     variants = []
     structured = bool(structured_layers(base))
     for mode in sweep.compiled:
-        suffix = "" if mode == "no" else ", compiled" if mode == "default" else f", {mode}"
+        suffix = _suffix(mode)
         baseline = f"dense{suffix}"
-        build = _builder(partial(dense_twin, base), mode)
-        variants.append(Variant(baseline, "dense", "torch", "batch_first", build, mode, baseline))
+
+        def add(
+            name: str,
+            kind: str,
+            backend: str,
+            make: Callable[[], nn.Module],
+            layout: str = Layout.BATCH_FIRST.value,
+            mode: str = mode,
+            baseline: str = baseline,
+            suffix: str = suffix,
+        ) -> None:
+            variants.append(Variant(name + suffix, kind, backend, layout, _builder(make, mode), mode, baseline))
+
+        add("dense", "dense", "torch", partial(dense_twin, base))
         if not structured:
             continue
+        if sweep.epilogue and has_epilogue(base):
+            add("dense, epilogue", "dense", "torch", partial(dense_with_epilogue, base))
+        if sweep.one_factor and dtype == torch.float32:
+            own = "cuda" if sweep.device.startswith("cuda") else "auto"
+            add(f"dense as one factor, {own}", "one factor", own, partial(as_one_factor, base, own))
         for backend in sweep.backends:
             for layout in sweep.layouts:
-                where = "" if layout == Layout.BATCH_FIRST.value else f", {layout}"
-                name = f"{structure}, {backend}{where}{suffix}"
-                build = _builder(partial(with_backend, base, backend, layout), mode)
-                variants.append(Variant(name, structure, backend, layout, build, mode, baseline))
+                first = layout == Layout.BATCH_FIRST.value
+                name = f"{structure}, {backend}{'' if first else f', {layout}'}"
+                for freeze in sweep.frozen:
+                    make = partial(_structured, base, backend, layout, freeze)
+                    add(f"{name}{', frozen' if freeze else ''}", structure, backend, make, layout)
     return variants
+
+
+def _structured(base: nn.Module, backend: str, layout: str, freeze: bool) -> nn.Module:
+    model = with_backend(base, backend, layout)
+    return frozen(model) if freeze else model
+
+
+def _free_variants(free: nn.Module, sweep: ModelSweep) -> list[Variant]:
+    return [
+        Variant(
+            f"linears free{_suffix(mode)}", "free", "torch", "batch_first", _builder(lambda: free, mode), mode, None
+        )
+        for mode in sweep.compiled
+    ]
+
+
+def _suffix(mode: str) -> str:
+    return "" if mode == "no" else ", compiled" if mode == "default" else f", {mode}"
 
 
 def _builder(make: Callable[[], nn.Module], mode: str) -> Callable[[], Contender]:
     def build() -> Contender:
         model = make()
-        call = model if mode == "no" else torch.compile(model, mode=mode, dynamic=False)
         tensors = [*model.parameters(), *model.buffers()]
         has_structure = bool(structured_layers(model))
+        constant = [layer for layer in structured_layers(model).values() if layer.is_frozen]
         return Contender(
-            call=call,
+            call=_compiled(model, mode),
             eager=model,
-            parameters=sum(p.numel() for p in model.parameters()),
-            weight_bytes=sum(t.nbytes for t in tensors),
+            parameters=sum(p.numel() for p in model.parameters()) + sum(layer.chain.n_params for layer in constant),
+            weight_bytes=sum(t.nbytes for t in tensors) + sum(_frozen_bytes(layer) for layer in constant),
             resolved_backend=(lambda x: resolved_backends(model, x)) if has_structure else (lambda x: "torch"),
             check=(lambda x: check_layers(model, x)) if has_structure else (lambda x: ""),
         )
@@ -284,36 +313,41 @@ def _builder(make: Callable[[], nn.Module], mode: str) -> Callable[[], Contender
     return build
 
 
-def _replaced(model: nn.Module, convert: Callable[[KSLinear], nn.Module]) -> nn.Module:
-    """A copy of ``model`` with every structured layer converted; a layer that two names share stays shared."""
-    model = copy.deepcopy(model)
-    if isinstance(model, KSLinear):
-        return convert(model)
-    converted: dict[KSLinear, nn.Module] = {}
-    found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, KSLinear)]
-    for name, layer in found:
-        if layer not in converted:
-            converted[layer] = convert(layer)
-        model.set_submodule(name, converted[layer])
-    return model
+def _frozen_bytes(layer: KSLinear) -> int:
+    """Bytes of frozen factors and of what was derived from them: neither are parameters or buffers."""
+    assert isinstance(layer.factors, FrozenFactors)
+    return layer.factors.report.factor_bytes + layer.factors.report.derived_bytes
 
 
-def _dense_layer(layer: KSLinear) -> nn.Module:
-    factor = layer.factors[0]
-    # Multiplied out in float64 and rounded once: in 16 bits the product of rounded factors would carry errors of its
-    # own.
-    weight = copy.deepcopy(layer).double().to_dense().to(factor.dtype)
-    linear = nn.Linear(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, device=factor.device, dtype=factor.dtype
-    )
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if layer.bias is not None:
-            linear.bias.copy_(layer.bias)
-    linear.requires_grad_(False)
-    if layer.activation == "none":
-        return linear
-    return nn.Sequential(linear, _ACTIVATION_MODULES[layer.activation]())
+def _compiled(model: nn.Module, mode: str) -> Callable[[Tensor], Tensor]:
+    if mode == "no":
+        return model
+    if mode != GRAPHED:
+        return torch.compile(model, mode=mode, dynamic=False)
+    return Graphed(torch.compile(model, dynamic=False))
+
+
+class Graphed:
+    """A call that is captured as a CUDA graph the first time that it gets an input tensor, and replayed after that.
+
+    The output is the same memory every time. Raises ``ConfigError`` for an input that is not on a GPU.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self._call = call
+        self._input: Tensor | None = None
+        self._output: list[Tensor] = []
+        self._replay: Callable[[], object] = lambda: None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda":
+            raise ConfigError(f"compile = {GRAPHED!r} captures CUDA graphs; the input is on {x.device.type}")
+        if x is not self._input:
+            # What the last call of the capture gives is what every replay fills.
+            self._replay = in_turn([lambda: self._output.append(self._call(x))], x.device)
+            self._input, self._output = x, self._output[-1:]
+        self._replay()
+        return self._output[0]
 
 
 def _products(model: nn.Module) -> Iterator[tuple[torch.dtype, int, int]]:
@@ -345,9 +379,11 @@ def _check_layer(layer: KSLinear, x: Tensor, out: Tensor) -> str:
     if not reference.any() and not out_rows.any():
         # A layer of zeros is right, though it says nothing.
         return ""
+    # Autocast computes in the output's type; what it rounds before that is within the same bound.
     bound = tolerance(
-        x.dtype,
-        max(pattern.c for pattern in layer.chain),
+        out.dtype,
+        # A plan may multiply factors into one.
+        layer.in_features,
         len(layer.chain),
         float32_precision=torch.get_float32_matmul_precision(),
     )

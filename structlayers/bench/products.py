@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,6 +13,8 @@ from structlayers.backends import BACKENDS, available_backends, cuda, resolve
 from structlayers.backends.dense import dense_weight
 from structlayers.backends.tiles import tiles_for
 from structlayers.bench.compare import describe_error
+from structlayers.bench.energy import EnergyColumn
+from structlayers.bench.results import Result
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED
 from structlayers.bench.timing import Timing, TimingPlan, time_interleaved
 from structlayers.bench.verify import agreement
@@ -33,22 +34,6 @@ _TILE = "cuda/"
 _BEST_RATES = {"16bit": 2.5e15, "tf32": 1.2e15, "float32": 8e13}
 _BEST_COPY = 8e12
 _HOPELESS = 20.0
-
-
-@dataclass
-class Result:
-    """One contender of one case: "timed", "disagrees" (with the oracle), "failed" or "skipped", with the reason."""
-
-    contender: str
-    status: str = FAILED
-    reason: str = ""
-    resolved: str | None = None  # the backend that ran
-    tile: str | None = None
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    samples: int | None = None
-    error: float | None = None  # ||out - oracle|| / ||oracle|| over the rows compared
 
 
 @contextmanager
@@ -85,16 +70,24 @@ def rows_to_check(n: int) -> list[int]:
 
 
 @torch.inference_mode()
-def time_product(problem: Problem, contenders: Sequence[str], plan: TimingPlan, seed: int = 0) -> list[Result]:
+def time_product(
+    problem: Problem,
+    contenders: Sequence[str],
+    plan: TimingPlan,
+    seed: int = 0,
+    energy: EnergyColumn | None = None,
+) -> list[Result]:
     """Check and time ``contenders`` on random data, in their order; one that fails or disagrees gets no time.
 
-    Runs under the float32 precision that ``problem`` names.
+    Runs under the float32 precision that ``problem`` names. With ``energy`` those that were timed get their joules.
     """
     with float32_precision(problem.tf32):
-        return _time_product(problem, contenders, plan, seed)
+        return _time_product(problem, contenders, plan, seed, energy)
 
 
-def _time_product(problem: Problem, contenders: Sequence[str], plan: TimingPlan, seed: int) -> list[Result]:
+def _time_product(
+    problem: Problem, contenders: Sequence[str], plan: TimingPlan, seed: int, energy: EnergyColumn | None
+) -> list[Result]:
     first = problem.layout is Layout.BATCH_FIRST
     device = torch.device(problem.device_type, problem.device_index)
     generator = torch.Generator(device).manual_seed(seed)
@@ -137,8 +130,9 @@ def _time_product(problem: Problem, contenders: Sequence[str], plan: TimingPlan,
         if not isinstance(timing, Timing):
             result.status, result.reason = FAILED, describe_error(timing)
             continue
-        result.p20_ms, result.p50_ms, result.p80_ms = timing.p20_ms, timing.p50_ms, timing.p80_ms
-        result.samples = timing.samples
+        result.set_timing(timing)
+        if energy is not None:
+            energy.fill(result, calls[name], n)
     return results
 
 

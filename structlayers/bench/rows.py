@@ -1,12 +1,12 @@
 """Benchmark rows: one JSON line each, append-only, and the table on the screen."""
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from structlayers.bench.jsonl import append_lines, read_lines
 from structlayers.errors import DataError
 
 TIMED, DISAGREES, FAILED = "timed", "disagrees", "failed"
@@ -49,46 +49,41 @@ class Row:
     peak_memory_bytes: int | None = None  # allocated by one call beyond weights and input
     memory_source: str | None = None
     flops: int | None = None  # of one call
+    energy_j: float | None = None  # of one call, by NVML's counter
+    energy_per_sample_j: float | None = None
+    energy_window_s: float | None = None
+    power_w: float | None = None  # mean while it was called without a pause
+    idle_power_w: float | None = None
+    energy_reason: str = ""  # why an energy that was asked for is not there
+    state: dict[str, float] = field(default_factory=dict)  # clocks, temperature, power and load before the case
     error: float | None = None  # ||out - oracle|| / ||oracle||
     worst_element: float | None = None
     tolerance: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the trained model, by the name of the metric
     machine: dict[str, object] = field(default_factory=dict)
+    command: str = ""
     time: str = field(default_factory=_now)
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append rows to a JSON-lines file. What is there stays, except for a last line that a killed run cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [asdict(row) for row in rows])
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read what ``append_rows`` wrote; a last line cut short is left out.
+def read_rows(path: Path, broken: list[str] | None = None) -> list[Row]:
+    """Read what ``append_rows`` wrote; ``broken`` as in :func:`structlayers.bench.jsonl.read_lines`.
 
     Raises ``DataError``, naming file and line, if the file cannot be read or a whole line is no row.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not path.exists():
+        raise DataError(f"{path}: cannot be read: no such file")
+    return read_lines(path, parse_row, "benchmark row", broken)
+
+
+def parse_row(values: dict[str, Any]) -> Row:
+    """The row of one line; raises what a line that is none raises."""
     known = {entry.name for entry in fields(Row)}
-    rows = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            rows.append(Row(**{name: value for name, value in values.items() if name in known}))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a benchmark row: {error}") from error
-    return rows
+    return Row(**{name: value for name, value in values.items() if name in known})
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,11 +1,12 @@
 """Timing: warm-up, L2 flush, interleaved rounds, medians."""
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from structlayers.errors import ConfigError
 
@@ -25,6 +26,10 @@ class Timing:
         p20, p50, p80 = torch.tensor(samples_ms, dtype=torch.float64).quantile(levels)
         return cls(float(p20), float(p50), float(p80), len(samples_ms))
 
+    def per_call(self, calls: int) -> "Timing":
+        """The latency of one of ``calls`` calls that every sample ran one after the other."""
+        return Timing(self.p20_ms / calls, self.p50_ms / calls, self.p80_ms / calls, self.samples)
+
 
 @dataclass(frozen=True)
 class TimingPlan:
@@ -38,10 +43,15 @@ class TimingPlan:
     min_samples: int = 10
     max_samples: int = 200
     flush_l2: bool = True
+    # "write" fills the cache with lines that must be written back before others take their place, as the work before a
+    # layer does; "read" fills it with clean ones.
+    flush_by: str = "write"
 
     def __post_init__(self) -> None:
         if self.warmup < 1 or not 1 <= self.min_samples <= self.max_samples or self.budget_s < 0:
             raise ConfigError(f"{self}: expected warmup >= 1, 1 <= min_samples <= max_samples, budget_s >= 0")
+        if self.flush_by not in ("write", "read"):
+            raise ConfigError(f"flush_by = {self.flush_by!r}: expected write or read")
 
     def n_samples(self, pilot_ms: float) -> int:
         """How often to sample a call that took ``pilot_ms``."""
@@ -59,7 +69,7 @@ def time_interleaved(
     launch beyond the flush counts, as it does for a user. On CPU: ``perf_counter`` around one call, caches as the
     previous call left them. A call that raises gets its exception as result and the others go on.
     """
-    sampler = _cuda_sampler(device, plan.flush_l2) if device.type == "cuda" else _cpu_sample
+    sampler = _cuda_sampler(device, plan) if device.type == "cuda" else _cpu_sample
     results: dict[str, Timing | Exception] = {}
     counts: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -85,25 +95,95 @@ def time_interleaved(
     return results
 
 
+def in_turn(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """One call that makes all ``calls``, on CUDA as a captured graph, so that the host takes no part in it.
+
+    Every call is made once before the capture, for what it compiles or allocates at first. Raises whatever a call
+    raises, and torch's own error where one cannot be captured.
+    """
+    if device.type != "cuda":
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+    with torch.cuda.device(device):
+        # One stream for both, whose workspaces the first round allocates.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it empties the allocator's cache every time, which takes longer than short cases.
+        with torch.cuda.stream(stream), _no_garbage_collection():
+            graph.capture_begin()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph.capture_end()
+    return graph.replay
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What a collection frees may be another graph, which a capture does not survive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def copies_beyond_cache(n_bytes: int, device: torch.device, most: int = 128) -> int:
+    """How many copies of ``n_bytes`` are twice as large as the L2: 2 to ``most``; on a CPU always 2.
+
+    Where ``most`` are smaller than that, they come from memory if the L2 is flushed before every round.
+    """
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(-(-2 * cache // max(n_bytes, 1)), 2), most)
+
+
+def wall_time_ms(call: Callable[[], object], device: torch.device, plan: TimingPlan) -> float:
+    """Median wall time of one eager call, the device idle before and after it."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def sample() -> float:
+        finish()
+        start = time.perf_counter()
+        call()
+        finish()
+        return (time.perf_counter() - start) * 1e3
+
+    for _ in range(plan.warmup):
+        call()
+    return Timing.of([sample() for _ in range(plan.n_samples(sample()))]).p50_ms
+
+
 def _cpu_sample(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_sampler(device: torch.device, flush_l2: bool) -> Callable[[Callable[[], object]], float]:
-    scratch: Tensor | None = None
-    if flush_l2:
-        # Twice the cache, so that nothing of the previous call survives whatever the replacement policy.
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        scratch = torch.empty(size, dtype=torch.int8, device=device)
+def _cuda_sampler(device: torch.device, plan: TimingPlan) -> Callable[[Callable[[], object]], float]:
+    flush = _flusher(device, plan.flush_by) if plan.flush_l2 else lambda: None
 
     def sample(call: Callable[[], object]) -> float:
         with torch.cuda.device(device):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize(device)
-            if scratch is not None:
-                scratch.zero_()
+            flush()
             start.record()
             call()
             end.record()
@@ -111,3 +191,12 @@ def _cuda_sampler(device: torch.device, flush_l2: bool) -> Callable[[Callable[[]
             return start.elapsed_time(end)
 
     return sample
+
+
+def _flusher(device: torch.device, by: str) -> Callable[[], object]:
+    # Twice the cache, so that nothing of the previous call survives whatever the replacement policy.
+    scratch = torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+    if by == "write":
+        return scratch.zero_
+    total = torch.empty((), device=device)
+    return lambda: torch.sum(scratch, dim=0, out=total)

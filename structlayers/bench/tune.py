@@ -15,7 +15,8 @@ import torch
 from structlayers.backends import tuning
 from structlayers.backends.auto import GPU_CANDIDATES
 from structlayers.backends.tuning import Entry
-from structlayers.bench.products import DENSE, Result, contenders_for, time_product
+from structlayers.bench.products import DENSE, contenders_for, time_product
+from structlayers.bench.results import Result
 from structlayers.bench.timing import TimingPlan
 from structlayers.errors import BackendError, ConfigError
 from structlayers.patterns import Pattern
@@ -90,4 +91,5 @@ def fastest(problem: Problem, results: Iterable[Result]) -> Entry:
         return result.p50_ms
 
     best_tile = min(tiles, key=time_ms).tile if tiles else None
-    return Entry(str(min(candidates, key=time_ms).resolved), best_tile)
+    best = min(candidates, key=time_ms)
+    return Entry(str(best.resolved), best_tile, best.p50_ms)

@@ -110,7 +110,8 @@ def test_a_backend_that_is_wrong_by_two_percent_is_not_timed(model, monkeypatch)
     einsum = BACKENDS["einsum"]
     wrong = replace(einsum, multiply=lambda x, w, layout: einsum.multiply(x, w, layout) * 1.02)
     monkeypatch.setitem(BACKENDS, "einsum", wrong)
-    rows = rows_of(model, dtypes=("float32", "bfloat16"), backends=("einsum", "bmm"))
+    # A batch of which no product was prepared before; the next test has another, for what this one spoils.
+    rows = rows_of(model, dtypes=("float32", "bfloat16"), backends=("einsum", "bmm"), batch_sizes=(6,))
     assert [row.status for row in rows] == ["timed", "disagrees", "timed"] * 2
     assert all(row.p50_ms is None for row in rows if row.status == "disagrees")
 
@@ -127,7 +128,7 @@ def test_a_wrong_layer_that_the_output_hides_is_named(model):
 def test_a_backend_that_cannot_is_a_row_with_the_reason(model, monkeypatch):
     unable = replace(BACKENDS["einsum"], reason_against=lambda problem: "not on Sundays")
     monkeypatch.setitem(BACKENDS, "einsum", unable)
-    rows = rows_of(model, backends=("einsum", "bmm"))
+    rows = rows_of(model, backends=("einsum", "bmm"), batch_sizes=(7,))
     assert [row.status for row in rows] == ["timed", "failed", "timed"]
     assert "not on Sundays" in rows[1].reason
 

@@ -8,7 +8,9 @@ import torch
 
 from structlayers.bench import grid, kernels, overhead
 from structlayers.bench.kernel_rows import KernelRow, append_row, line, read_rows, summary
-from structlayers.bench.products import Result, rows_to_check
+from structlayers.bench.machine import Roofline
+from structlayers.bench.products import rows_to_check
+from structlayers.bench.results import Result
 from structlayers.errors import DataError
 from structlayers.patterns import Pattern
 
@@ -16,7 +18,7 @@ from structlayers.patterns import Pattern
 @pytest.fixture(autouse=True)
 def quick_roofline(monkeypatch):
     """Ceilings that take no time; a CPU whatever the machine has."""
-    monkeypatch.setattr(kernels, "measure_roofline", lambda device, dtype: kernels.Roofline(10.0, 100.0))
+    monkeypatch.setattr(kernels, "measure_roofline", lambda device, dtype: Roofline(10.0, 100.0))
 
 
 def command(out, *more: str) -> None:

@@ -1,0 +1,328 @@
+"""Time products with whole chains beside dense: ``python -m structlayers.bench chains [options]``.
+
+Every output is checked against the float64 oracle first. Up to a batch of 64, and in the suite of frozen layers, a
+graph replays calls with copies of the weights in turn, so that they come from memory and the host takes no part; else
+one eager call is timed after the L2 was flushed. Rows go to a JSON-lines file, which a later run goes on with.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from structlayers.bench.case_rows import CHAIN, DENSE, CaseRow, append_row, read_rows, table
+from structlayers.bench.chain_calls import (
+    CONTENDERS,
+    DENSE_FACTOR,
+    EINSUM_COMPILED,
+    FROZEN,
+    PLANNED,
+    UNFUSED,
+    ChainCall,
+    build,
+    oracle,
+)
+from structlayers.bench.chain_cases import SUITES, ChainCase, chain_cases
+from structlayers.bench.compare import describe_error, room_to_compile
+from structlayers.bench.cost import peak_memory
+from structlayers.bench.energy import EnergyColumn
+from structlayers.bench.machine import Roofline, measure_roofline
+from structlayers.bench.products import float32_precision, rows_to_check
+from structlayers.bench.results import Result
+from structlayers.bench.rows import DISAGREES, FAILED, TIMED
+from structlayers.bench.sweep import (
+    LOST_CONTEXT,
+    Deadline,
+    Rooflines,
+    StateSampler,
+    WandbLog,
+    add_sweep_options,
+    command_line,
+    device_of,
+    lost_context,
+    machine_of,
+)
+from structlayers.bench.timing import Timing, TimingPlan, copies_beyond_cache, in_turn, time_interleaved
+from structlayers.bench.tune import DTYPES
+from structlayers.bench.verify import agreement
+from structlayers.errors import BackendError, ChainError, ConfigError, DataError
+from structlayers.problem import Layout
+from structlayers.tolerances import tolerance
+
+EVENTS, GRAPH = "eager call, L2 flushed", "graph replay, weights in turn"
+ON_CPU = {EVENTS: "eager call", GRAPH: "calls in turn, weights in turn"}
+_LARGEST_SMALL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class ChainConditions:
+    """Where and how chains are timed. ``timing``: "events", "graph", or "auto", a graph up to a batch of 64."""
+
+    device: torch.device
+    plan: TimingPlan
+    timing: str = "auto"
+    seed: int = 0
+
+    def how(self, n: int) -> str:
+        graph = self.timing == "graph" or (self.timing == "auto" and n <= _LARGEST_SMALL_BATCH)
+        how = GRAPH if graph else EVENTS
+        return how if self.device.type == "cuda" else ON_CPU[how]
+
+
+def default_contenders(case: ChainCase, suite: str) -> list[str]:
+    """What a suite times a case by; the dense factor shows what of a float32 ratio the arithmetic alone brings."""
+    if suite == "frozen":
+        return [DENSE, FROZEN]
+    names = [DENSE, "bmm", UNFUSED, PLANNED, FROZEN]
+    if suite != "sweep" and case.n > _LARGEST_SMALL_BATCH:
+        names.insert(2, EINSUM_COMPILED)
+    return [*names, DENSE_FACTOR] if case.dtype in ("float32", "tf32") else names
+
+
+@torch.inference_mode()
+def time_chain(
+    case: ChainCase, contenders: Sequence[str], conditions: ChainConditions, energy: EnergyColumn | None = None
+) -> list[Result]:
+    """Check and time ``contenders`` on random data, in their order; one that fails or disagrees gets no time."""
+    with float32_precision(case.dtype == "tf32"), room_to_compile(EINSUM_COMPILED in contenders):
+        return _time_chain(case, contenders, conditions, energy)
+
+
+def _time_chain(
+    case: ChainCase, contenders: Sequence[str], conditions: ChainConditions, energy: EnergyColumn | None
+) -> list[Result]:
+    device, layout, chain, n = conditions.device, Layout(case.layout), case.chain, case.n
+    first = layout is Layout.BATCH_FIRST
+    generator = torch.Generator(device).manual_seed(conditions.seed)
+    draw = partial(torch.randn, generator=generator, dtype=DTYPES[case.dtype], device=device)
+    x = draw(n, chain.in_features) if first else draw(chain.in_features, n)
+    # Scaled for outputs of size one, which 16 bits hold.
+    weights = [draw(pattern.weight_shape).mul_(pattern.c**-0.5) for pattern in chain]
+    rows = torch.tensor(rows_to_check(n), device=device)
+    expected = oracle(chain, weights, x[rows] if first else x[:, rows].T)
+
+    results: list[Result] = []
+    calls: dict[str, Callable[[], object]] = {}
+    for name in contenders:
+        results.append(result := Result(name))
+        try:
+            made = build(name, chain, weights, layout, n)
+            result.resolved, result.plan, result.weight_bytes = made.resolved, made.plan, made.weight_bytes
+            _check(result, made, x, rows, expected, case)
+            if result.status == TIMED:
+                call = partial(made.call, x)
+                result.peak_memory_bytes, _ = peak_memory(call, device)
+                calls[name] = _call_to_time(result, made, x, conditions, n)
+        except Exception as error:  # out of memory, no kernels, a launch that failed: the row says which
+            result.status, result.reason = FAILED, describe_error(error)
+            _release_memory(device)
+    by_name = {result.contender: result for result in results}
+    graph = conditions.how(n) in (GRAPH, ON_CPU[GRAPH])
+    # Clean lines between replays; and a flush hides what the host needs to launch a graph.
+    plan = replace(conditions.plan, flush_by="read") if graph else conditions.plan
+    for name, timing in time_interleaved(calls, device, plan).items():
+        result = by_name[name]
+        if not isinstance(timing, Timing):
+            result.status, result.reason = FAILED, describe_error(timing)
+            continue
+        result.set_timing(timing.per_call(result.copies or 1))
+        if energy is not None:
+            # The graph already has its calls, each with its own weights.
+            energy.fill(result, calls[name], n, calls=result.copies)
+    return results
+
+
+def _check(result: Result, made: ChainCall, x: Tensor, rows: Tensor, expected: Tensor, case: ChainCase) -> None:
+    n_factors = max(len(case.chain), 2)
+    bound = tolerance(x.dtype, made.reduction, n_factors, float32_precision=torch.get_float32_matmul_precision())
+    first = case.layout == "batch_first"
+    # Memory of the output's size that the allocator hands out next: what nobody writes is seen.
+    torch.full((case.n, case.chain.out_features), float("nan"), dtype=x.dtype, device=x.device)
+    y = made.call(x)
+    found = agreement(y[rows] if first else y[:, rows].T, expected, bound)
+    result.error = found.error if found.error == found.error else None
+    result.reason = found.reason
+    if not result.reason and not torch.isfinite(y.sum(dtype=torch.float32)):
+        result.reason = "an output outside the rows compared is NaN or infinite"
+    result.status = DISAGREES if result.reason else TIMED
+
+
+def _call_to_time(
+    result: Result, made: ChainCall, x: Tensor, conditions: ChainConditions, n: int
+) -> Callable[[], object]:
+    device = conditions.device
+    if conditions.how(n) in (EVENTS, ON_CPU[EVENTS]):
+        return partial(made.call, x)
+    # Beyond small batches the input comes from memory too, as after the layer before it.
+    rotates_x = n > _LARGEST_SMALL_BATCH
+    read = made.weight_bytes if made.read_bytes is None else made.read_bytes
+    count = copies_beyond_cache(read + (x.nbytes if rotates_x else 0), device)
+    copies = [made, *(made.copy() for _ in range(count - 1))]
+    inputs = [x, *(x.clone() for _ in range(count - 1))] if rotates_x else [x] * count
+    result.copies = count
+    return in_turn([partial(each.call, own) for each, own in zip(copies, inputs, strict=True)], device)
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def floor_ms(case: ChainCase, roofline: Roofline) -> float:
+    """The least time of a case: factors, input and output moved once, the factors' FLOPs at the best measured rate."""
+    itemsize = DTYPES[case.dtype].itemsize
+    return roofline.floor_ms(case.chain.bytes(case.n, itemsize, fused=True), case.chain.flops(case.n))
+
+
+# ---- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="python -m structlayers.bench chains", description=(__doc__ or "").partition("\n\n")[2]
+    )
+    add = options.add_argument
+    add(
+        "--suite",
+        choices=[name for name in SUITES if name != "training"],
+        default="table",
+        help="table (default): the shapes with targets; frozen: where frozen layers may not be slower than dense; "
+        "sweep: over width and batch",
+    )
+    add("--chains", nargs="+", default=[], metavar="(a,b,c,d)(a,b,c,d)", help="these instead of a suite")
+    add("--batches", nargs="+", type=int, default=[], metavar="N", help="instead of the suite's")
+    add("--dtypes", nargs="+", choices=tuple(DTYPES), default=[], help="instead of the suite's")
+    add("--layouts", nargs="+", choices=[layout.value for layout in Layout], default=["batch_first"])
+    add("--contenders", nargs="+", default=[], choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
+    add("--timing", choices=("auto", "events", "graph"), default="auto")
+    add("--most-features", type=int, default=2**31, help="leave wider chains out, on a small machine")
+    add("--plot", type=Path, help="write a PNG of the rows over width and batch")
+    add("--summary", action="store_true", help="only print the table of the rows in the file")
+    add_sweep_options(options, "outputs/chains.jsonl")
+    return options
+
+
+def measure(options: argparse.Namespace) -> Iterator[CaseRow]:
+    """Rows of the cases that the file does not have yet, one after the other."""
+    device = device_of(options.device)
+    plan = TimingPlan(budget_s=options.budget, min_samples=options.samples[0], max_samples=options.samples[1])
+    timing = "graph" if options.suite == "frozen" and options.timing == "auto" else options.timing
+    conditions = ChainConditions(device, plan, timing)
+    cases = chain_cases(options.suite, options.chains, options.batches, options.dtypes, options.layouts)
+    done: dict[tuple[object, ...], set[str]] = {}
+    for row in read_rows(options.out):
+        found = (r.contender for r in row.results if not options.energy or r.has_energy or r.energy_reason)
+        done.setdefault(row.key, set()).update(found)
+    machine: dict[str, object] = {}
+    energy: EnergyColumn | None = None
+    rooflines, sampler = Rooflines(device, measure_roofline), StateSampler(device)
+    for case in cases:
+        if max(case.chain.in_features, case.chain.out_features) > options.most_features:
+            continue
+        contenders = options.contenders or default_contenders(case, options.suite)
+        row = CaseRow(
+            kind=CHAIN,
+            case=case.name,
+            spec=case.chain.spec,
+            in_features=case.chain.in_features,
+            out_features=case.chain.out_features,
+            n=case.n,
+            dtype=case.dtype,
+            layout=case.layout,
+            timing=conditions.how(case.n),
+            results=[],
+            suite=options.suite if not options.chains else "",
+            contender=FROZEN if options.suite == "frozen" else PLANNED,
+            target=case.target,
+            like=case.like,
+            command=command_line(),
+        )
+        if done.get(row.key, set()) >= set(contenders):
+            continue
+        if not machine:
+            machine = machine_of(device, options.commit)
+            energy = EnergyColumn(device, options.energy_window) if options.energy else None
+        roofline = rooflines.of(DTYPES[case.dtype], case.dtype == "tf32")
+        row.machine, row.state = machine, sampler.now()
+        row.floor_ms = floor_ms(case, roofline)
+        row.copy_gb_per_s, row.matmul_gflop_per_s = roofline.copy_gb_per_s, roofline.matmul_gflop_per_s
+        row.idle_power_w = None if energy is None else energy.idle_power_w
+        row.results = time_chain(case, contenders, conditions, energy)
+        yield row
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command does once its options are read."""
+    if not options.summary:
+        deadline, log = Deadline(options.minutes), WandbLog(options.wandb, vars(options))
+        for row in measure(options):
+            append_row(options.out, row)
+            log.log_results(asdict(row))
+            print(line(row), flush=True)
+            if lost_context([result.reason for result in row.results]):
+                sys.exit(LOST_CONTEXT)
+            if deadline.over:
+                print(deadline)
+                break
+        log.finish()
+    rows = read_rows(options.out)
+    if not rows:
+        print(f"{options.out}: no rows")
+    frozen = [row for row in rows if row.suite == "frozen"]
+    others = [row for row in rows if row.suite != "frozen"]
+    if others:
+        print(table(others))
+    if frozen:
+        print(never_slower(frozen))
+    if options.plot is not None:
+        from structlayers.bench.chain_figures import plot_chains
+
+        plot_chains(rows, options.plot)
+        print(f"plot: {options.plot}")
+
+
+def line(row: CaseRow) -> str:
+    """What a case came to, while the sweep goes on."""
+    times = ", ".join(
+        f"{r.contender} {r.p50_ms * 1e3:.1f} us" if r.p50_ms is not None else f"{r.contender} {r.status}: {r.reason}"
+        for r in row.results
+    )
+    ratio = row.ratio(row.contender)
+    shown = "" if ratio is None else f"; dense/{row.contender} {ratio:.2f}"
+    return f"{row.case}, N = {row.n}, {row.dtype}, {row.layout}: {times}{shown}"
+
+
+def never_slower(rows: Sequence[CaseRow], share: float = 0.05, allowed_ms: float = 0.0005) -> str:
+    """How many frozen chains are slower than dense by more than ``max(share, allowed_ms)``, the worst of them named."""
+    found = []
+    for row in rows:
+        dense, own = row.p50_ms(DENSE), row.p50_ms(row.contender)
+        if dense is not None and own is not None:
+            found.append((own - dense - max(share * dense, allowed_ms), own / dense, row))
+    if not found:
+        return "frozen against dense: no case was timed"
+    slower = sorted((entry for entry in found if entry[0] > 0), key=lambda entry: -entry[1])
+    text = [
+        f"frozen against dense: {len(slower)} of {len(found)} cases slower by more than "
+        f"max({share:.0%}, {allowed_ms * 1e3:g} us); {len(rows) - len(found)} not timed"
+    ]
+    for _, ratio, row in slower[:20]:
+        result = row.result(row.contender)
+        plan = "" if result is None else result.plan or result.resolved or ""
+        text.append(f"  {row.case}, N = {row.n}: {ratio:.2f} of dense ({row.p50_ms(DENSE):.4g} ms); {plan}")
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        run(options)
+    except (BackendError, ChainError, ConfigError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
