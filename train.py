@@ -1,7 +1,8 @@
 """Train a model whose dense layers are factor chains: ``python train.py [group=file ...] [key=value ...]``.
 
-The run folder gets config.yaml, checkpoints/best.ckpt and last.ckpt, and metrics.csv. ``python train.py --help`` lists
-what can be overridden; the files under configs/ say what it means.
+The run folder gets config.yaml, checkpoints/best.ckpt and last.ckpt, metrics.csv, and with ``profiler=simple`` or
+``profiler=pytorch`` a folder profile. ``python train.py --help`` lists what can be overridden; the files under configs/
+say what it means.
 """
 
 import logging
@@ -19,6 +20,7 @@ from structlayers.build import build_model
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError
 from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, read_checkpoint
+from structlayers.lit.callbacks import StepTimer
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
 
 say = rank_zero_only(print)
@@ -33,7 +35,8 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     # Here already, so that absent data end the run before it has written anything.
     data.setup("fit")
     model_args = data.model_args()
-    model, report = build_model(config["model"], config["structure"], model_args, backend=cfg.backend)
+    how = {"backend": cfg.backend, "recompute": cfg.recompute}
+    model, report = build_model(config["model"], config["structure"], model_args, **how)
     if checkpoint:
         check_matches(checkpoint, model, cfg.ckpt_path)
     flops = count_flops(model, example_input(data.task, model_args))
@@ -46,10 +49,13 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     callbacks = {key: instantiate(callback) for key, callback in cfg.callbacks.items()}
     if not cfg.trainer.enable_progress_bar:
         callbacks.pop("progress_bar", None)
+    timer = StepTimer()
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
-        callbacks=list(callbacks.values()),
+        # The timer first, or it would count what the others do at the end of a step.
+        callbacks=[timer, *callbacks.values()],
         logger=[instantiate(logger) for logger in cfg.logger.values()],
+        profiler=instantiate(cfg.profiler) if cfg.profiler else None,
         plugins=[AtomicCheckpointIO()],
     )
     folder = Path(cfg.output_dir)
@@ -58,8 +64,18 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     say(f"\n{name}, seed {cfg.seed}: {folder}", report if report.swapped else "", sep="\n", flush=True)
 
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     start = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    val_loss = trainer.callback_metrics.get("val/loss")
+    peak_bytes = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else None
+    steps = trainer.global_step
+    if cfg.profiler:
+        # Longest times first.
+        for path in sorted(Path(cfg.profiler.dirpath).glob("fit-*.txt")):
+            say(*path.read_text().splitlines()[:40], f"all of it: {path}", sep="\n")
     best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
     [metrics] = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     return RunResult(
@@ -73,6 +89,10 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         metrics={key.removeprefix("test/"): value for key, value in metrics.items()},
         wall_s=time.perf_counter() - start,
         checkpoint=best or "none written",
+        steps=steps,
+        val_loss=None if val_loss is None else float(val_loss),
+        step_ms=timer.step_ms,
+        peak_bytes=peak_bytes,
     )
 
 
@@ -83,6 +103,7 @@ def runs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
         ("seeds", "a number of seeds, at least 1", isinstance(cfg.seeds, int) and cfg.seeds >= 1),
         ("seed", "an integer of at least 0", isinstance(cfg.seed, int) and cfg.seed >= 0),
         ("compile", "true or false", isinstance(cfg.compile, bool)),
+        ("recompute", "true or false", isinstance(cfg.recompute, bool)),
         ("threads", "at least 1, or null", cfg.threads is None or (isinstance(cfg.threads, int) and cfg.threads >= 1)),
     ):
         if not ok:

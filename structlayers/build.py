@@ -28,13 +28,14 @@ def build_model(
     structure: Mapping[str, Any] | None,
     model_args: Mapping[str, Any],
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[nn.Module, SwapReport]:
     """Build a model and swap its linear layers.
 
     ``model``: ``_target_`` and arguments; ``model_args``: what the data fix (:meth:`model_args` of a data module);
     ``structure``: the fields of a :class:`~structlayers.surgery.SwapRule`, or ``rules``, a list of such mappings, and
     optionally ``init`` and ``scale`` of :func:`~structlayers.surgery.swap_linears`; empty or None leaves the model
-    dense.
+    dense. ``backend`` and ``recompute`` are those of :class:`~structlayers.nn.KSLinear`.
     Options that are None count as not given. Raises :class:`ConfigError` on an unknown target, key or value.
     """
     arguments = {**model_args, **model}
@@ -52,7 +53,7 @@ def build_model(
     swap = dict(structure)
     how = {key: swap.pop(key) for key in ("init", "scale") if key in swap}
     rules = [_without_nulls(rule) for rule in swap.pop("rules", [swap])]
-    return network, swap_linears(network, rules, backend=backend, **how)
+    return network, swap_linears(network, rules, backend=backend, recompute=recompute, **how)
 
 
 def _without_nulls(rule: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 48, 64, 65, 127, 128, 1024)
 # (a, d, n)
-REST = ((1, 1, 1), (7, 1, 300), (1, 2, 300), (3, 2, 64), (1, 3, 65), (128, 4, 25_088), (5, 7, 4096), (1, 64, 99))
+REST = (
+    (1, 1, 1),
+    (7, 1, 300),
+    (1, 2, 300),
+    (3, 2, 64),
+    (1, 3, 65),
+    (128, 4, 25_088),
+    (5, 7, 4096),
+    (2, 8, 300),
+    (1, 64, 99),
+)
 FAMILY = [
     Problem(Pattern(a, b, c, d), n, dtype, "cuda", layout, tf32, capability=capability)
     for capability in ((8, 0), (9, 0))
@@ -39,6 +49,7 @@ def test_every_problem_gets_a_tile_that_can_run_it():
         assert tile.name != SMALL_BLOCKS or problem.pattern.c <= SMALL_BLOCK, problem
         assert not tile.wgmma or problem.capability == (9, 0), problem
         assert not choose_tile(problem, wgmma=False).wgmma, problem
+        assert tile.takes(problem.pattern), problem
 
 
 def test_the_choice_depends_on_the_problem_alone():
@@ -61,6 +72,18 @@ def test_a_tuned_tile_decides_where_it_exists():
     # A name of another layout, of another version or of nothing.
     for name in ("last", SMALL_BLOCKS, "run3", "", None):
         assert choose_tile(problem, name) == choose_tile(problem)
+
+
+def test_the_copy_engine_is_given_whole_pieces():
+    def names(b: int, c: int, d: int) -> set[str]:
+        problem = Problem(Pattern(2, b, c, d), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+        return {tile.name for tile in tiles_for(problem) if tile.registers}
+
+    assert names(64, 64, 4) == {"registers4", "registers4_wide", "registers4_pair"}
+    assert names(61, 8, 2) == {"registers2"}
+    assert names(64, 64, 16) == names(64, 64, 24) == {"registers16", "registers16_pair"}
+    for b, c, d in ((64, 61, 4), (64, 64, 3), (64, 64, 12), (64, 64, 20), (64, 64, 1)):
+        assert not names(b, c, d)
 
 
 @pytest.mark.parametrize("table", [TILES_16BIT, TILES_32BIT], ids=["16bit", "32bit"])

@@ -64,7 +64,15 @@ def test_run_folder_and_table(run):
     assert stored["config"]["output_dir"] == str(folder)
     assert stored["task"] == "classification"
     table = printed.partition("\n\n")[2]
-    for row in ("parameters", "replaced linears keep", "FLOPs per sample", "test accuracy", "wall time"):
+    rows = (
+        "parameters",
+        "replaced linears keep",
+        "FLOPs per sample",
+        "test accuracy",
+        "last validation loss",
+        "time per step",
+    )
+    for row in (*rows, "wall time"):
         assert re.search(rf"^{row}.*\d", table, re.MULTILINE), row
     assert re.search(r"^chains dense in disguise +0 of 2$", table, re.MULTILINE)
     assert f"checkpoint (monarch, seed 0): {folder / 'checkpoints' / 'best.ckpt'}" in table
@@ -89,6 +97,72 @@ def test_compare_with_dense_over_seeds(run):
     values = [float(value) for value in re.findall(r"[\d.]+", found[3])]
     assert float(found[1]) == pytest.approx((values[0] + values[1]) / 2, abs=0.01)
     assert float(found[2]) == pytest.approx((values[2] + values[3]) / 2, abs=0.01)
+
+
+def test_compare_with_dense_shows_loss_and_time_after_equal_steps(run):
+    folder, printed = run(*QUICK, "compare=dense")
+    assert re.search(r"^training steps +18 +18$", printed, re.MULTILINE)
+    assert re.search(r"^replaced linears keep +\d+\.\d% +-$", printed, re.MULTILINE)
+    for label, unit in (("last validation loss (nats)", ""), ("time per step", " ms")):
+        pattern = rf"^{re.escape(label)} +([\d.]+){unit} +([\d.]+){unit}\n  monarch / dense +([\d.]+) +-$"
+        structured, dense, ratio = map(float, re.search(pattern, printed, re.MULTILINE).groups())
+        assert ratio == pytest.approx(structured / dense, abs=0.02)
+        if not unit:
+            with (folder / "dense" / "metrics.csv").open() as file:
+                losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+            assert dense == pytest.approx(losses[-1], abs=1e-4)
+
+
+def test_mixed_precision_keeps_float32_weights_and_learns(run):
+    folder, printed = run(*QUICK, "trainer.max_epochs=8", "trainer.precision=bf16-mixed")
+    assert {value.dtype for value in weights(folder).values() if value.is_floating_point()} == {torch.float32}
+    assert float(re.search(r"^test accuracy +([\d.]+)%", printed, re.MULTILINE)[1]) > 70
+
+
+def test_compiled_in_mixed_precision_and_recomputing(run, monkeypatch):
+    # Inductor takes a minute and changes nothing about what train.py does.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    options = ["trainer.precision=bf16-mixed", "compile=true", "recompute=true"]
+    folder, printed = run(*QUICK, *options)
+    assert not [name for name in weights(folder) if "_orig_mod" in name]
+    assert "test accuracy" in printed
+
+
+@pytest.mark.parametrize("profiler", ["simple", "pytorch"])
+def test_a_profiler_shows_where_the_time_goes(run, profiler):
+    folder, printed = run(*QUICK, f"profiler={profiler}")
+    assert ("run_training_batch" if profiler == "simple" else "_RecordedLinear") in printed
+    assert f"all of it: {folder / 'profile' / 'fit-profile.txt'}" in printed
+    assert (folder / "profile" / "profile.json").is_file() == (profiler == "pytorch")
+
+
+def test_the_progress_line_shows_samples_per_second(train, tmp_path, monkeypatch, capsys):
+    quick = [option for option in QUICK if "progress_bar" not in option]
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}", *quick, "callbacks.progress_bar.log_every_s=0"]
+    )
+    train.main()
+    assert "samples/s" in capsys.readouterr().err
+
+
+TINY = ["trainer=cpu", "trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.enable_progress_bar=false"]
+TINY += ["compile=false", "model.dim=32", "model.depth=1", "model.heads=2", "compare=dense"]
+
+
+def test_the_experiment_of_a_gpus_size_for_images(run):
+    _, printed = run("experiment=vit_gpu", "data=digits", "data.batch_size=8", *TINY)
+    assert re.search(r"^replaced linears keep +37\.5% +-$", printed, re.MULTILINE)
+    assert re.search(r"^training steps +4 +4$", printed, re.MULTILINE)
+
+
+def test_the_experiment_of_a_gpus_size_for_text(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the word. " * 300)
+    sizes = ["data.context_length=16", "data.batch_size=4", "data.eval_batch_size=4"]
+    _, printed = run("experiment=gpt_gpu", "data=text", f"data.path={text}", *sizes, *TINY)
+    assert re.search(r"^replaced linears keep +37\.5% +-$", printed, re.MULTILINE)
+    assert re.search(r"^training steps +4 +4$", printed, re.MULTILINE)
 
 
 def test_same_seed_same_weights(run):
@@ -137,6 +211,9 @@ def test_multirun(train, tmp_path, monkeypatch, capsys):
         ("seed=abc", ["seed", "'abc'"]),
         ("seeds=0", ["seeds", "0"]),
         ("compile=no_thanks", ["compile", "no_thanks"]),
+        ("recompute=3", ["recompute", "3"]),
+        ("profiler=slow", ["profiler/slow", "pytorch", "simple"]),
+        ("trainer.profiler=simple", ["trainer.profiler"]),
         ("threads=0", ["threads", "0"]),
         ("trainer.precision=float17", ["float17"]),
         ("ckpt_path=none.ckpt", ["none.ckpt", "no such file"]),

@@ -1,15 +1,20 @@
-"""Callbacks: a progress bar in samples per second, and checkpoints that a killed run can be resumed from."""
+"""Callbacks: a progress bar in samples per second, the time of a step, checkpoints to resume a killed run from."""
 
 import shutil
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from tqdm import tqdm
+
+from structlayers.errors import ConfigError
 
 
 class ProgressBar(LightningProgressBar):
@@ -72,6 +77,73 @@ class ProgressBar(LightningProgressBar):
         self._bar.update(self._pending)
         self._pending = 0
         self._next_s = time.monotonic() + (0.2 if sys.stderr.isatty() else self.log_every_s)
+
+
+class StepTimer(pl.Callback):
+    """Time of an optimizer step: forward, backward and update, without the loading, validation and checkpoints between.
+
+    On a GPU between CUDA events, so that no step waits for the device. The first ``warmup`` steps of a training, which
+    compile and allocate, and all but the newest ``most`` are left out.
+    """
+
+    def __init__(self, warmup: int = 5, most: int = 1000) -> None:
+        if warmup < 0 or most < 1:
+            raise ConfigError(f"StepTimer(warmup={warmup}, most={most}): expected warmup >= 0 and most >= 1")
+        self.warmup = warmup
+        self._steps: deque[tuple[_Moment, _Moment]] = deque(maxlen=most)
+        self._start: _Moment | None = None
+        self._between_steps = True
+        self._counted_from = self._step = 0
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median over the steps, in milliseconds; None where none was timed. Waits for the device."""
+        return median(_between_ms(*step) for step in self._steps) if self._steps else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.clear()
+        self._start, self._between_steps = None, True
+        self._step = trainer.global_step
+        self._counted_from = self._step + self.warmup
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # A step is several batches where gradients accumulate.
+        if self._between_steps:
+            self._start, self._between_steps = _moment(pl_module.device), False
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # In the middle of a step: this one is not counted.
+        self._start = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        if self._start is not None and self._step >= self._counted_from:
+            self._steps.append((self._start, _moment(pl_module.device)))
+        self._step, self._start, self._between_steps = trainer.global_step, None, True
+
+
+# A point of the device's own time on a GPU, else of the host's in seconds.
+_Moment = torch.cuda.Event | float
+
+
+def _moment(device: torch.device) -> _Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between_ms(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from structlayers.errors import ConfigError
@@ -170,8 +172,23 @@ class LitModule(pl.LightningModule):
             )
         self._factor = warmup_cosine(int(steps), self.warmup, self.final_lr)
         groups = param_groups(self.model, self.lr, **self.group_options)
-        # One kernel for all weights. Lightning refuses to clip gradients of a fused optimizer under mixed precision.
-        fused = not str(self.trainer.precision).endswith("mixed")
+        # One kernel for all weights. With float16 it would take the loss scale off the gradients itself, after they
+        # have been clipped.
+        fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.trainer.precision != "bf16-mixed" or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        # Lightning refuses this for a fused optimizer in any mixed precision, but bfloat16 has no loss scale.
+        elif gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            clip_grad_norm_(self.parameters(), gradient_clip_val)

@@ -1,6 +1,6 @@
 """The table that closes a run: sizes, FLOPs, test metrics, and whether "structured" is the truth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -19,9 +19,22 @@ METRICS = {
 }
 
 
+# Attributes of a run, and how the table shows them.
+_MEASURED: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("val_loss", "last validation loss (nats)", "{:.4f}".format),
+    ("step_ms", "time per step", "{:.2f} ms".format),
+    ("peak_bytes", "peak GPU memory", lambda value: f"{value / 2**20:,.0f} MiB"),
+)
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """What one training ended with. ``kept`` is None where no layer was replaced."""
+    """What one training ended with.
+
+    ``kept`` is None where no layer was replaced, ``val_loss`` (nats, of the last validation) where there was no
+    validation, ``step_ms`` where no step was timed, ``peak_bytes`` (of the training, on the first process) without a
+    GPU.
+    """
 
     name: str
     seed: int
@@ -33,6 +46,10 @@ class RunResult:
     metrics: dict[str, float]
     wall_s: float
     checkpoint: str
+    steps: int
+    val_loss: float | None = None
+    step_ms: float | None = None
+    peak_bytes: int | None = None
 
 
 def example_input(task: str, model_args: dict[str, Any]) -> Tensor:
@@ -71,7 +88,8 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 def summarise(runs: Sequence[RunResult]) -> str:
     """The closing table, a column for each name (in order of appearance), then where the checkpoints are.
 
-    Metrics and times are means over the runs of a name; each seed's value is shown where there are several.
+    Metrics and times are means over the runs of a name; each seed's value of a test metric is shown where there are
+    several. Where two names are compared, there are the ratios of their validation losses, times and memory too.
     """
     columns = {run.name: [other for other in runs if other.name == run.name] for run in runs}
     seeds = len(runs) // len(columns)
@@ -90,10 +108,23 @@ def summarise(runs: Sequence[RunResult]) -> str:
             rows.append([label, *(show(mean(column)) for column in values)])
             if seeds > 1:
                 rows.append(["  of each seed", *(" ".join(map(show, column)) for column in values)])
+    rows.append(["training steps", *(f"{run.steps:,}" for run in first)])
+    for attribute, label, text in _MEASURED:
+        measured = [_mean([getattr(run, attribute) for run in column]) for column in columns.values()]
+        known = [value for value in measured if value is not None]
+        if known:
+            rows.append([label, *("-" if value is None else text(value) for value in measured)])
+        if len(known) == len(columns) == 2 and known[1] > 0:
+            rows.append(["  " + " / ".join(columns), f"{known[0] / known[1]:.3f}", "-"])
     rows.append(["wall time", *(f"{mean(run.wall_s for run in column):.1f} s" for column in columns.values())])
     lines = [format_table(rows), ""]
     lines += [f"checkpoint ({run.name}, seed {run.seed}): {run.checkpoint}" for run in runs]
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _disguised(run: RunResult) -> str:

@@ -102,14 +102,39 @@ def test_schedule_length_can_be_given():
     assert scheduler.lr_lambdas[0](5) == pytest.approx(0.5)
 
 
-def test_gradients_are_clipped_in_mixed_precision():
-    loader = DataLoader(TensorDataset(torch.randn(12, 4), torch.randint(3, (12,))), batch_size=3)
-    model = nn.Linear(4, 3)
+class Gradients(pl.Callback):
+    """What the optimizer is given."""
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        found = [p.grad for p in module.parameters() if p.grad is not None]
+        if found:
+            self.norm = torch.nn.utils.get_total_norm(found)
+            self.largest = max(gradient.abs().max() for gradient in found)
+            self.fused = optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_gradients_are_clipped_in_every_precision(precision, algorithm):
+    loader = DataLoader(TensorDataset(100 * torch.randn(12, 4), torch.randint(3, (12,))), batch_size=12)
+    model, seen = nn.Linear(4, 3), Gradients()
     before = model.weight.detach().clone()
     module = LitModule(model, "classification", lr=0.1)
-    trainer(max_epochs=1, precision="bf16-mixed", gradient_clip_val=1.0).fit(module, loader)
+    clipping = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+    trainer(max_steps=2, max_epochs=2, precision=precision, callbacks=[seen], **clipping).fit(module, loader)
+    assert seen.fused
+    found = seen.norm if algorithm == "norm" else seen.largest
+    assert found == pytest.approx(0.01, rel=1e-3)
     assert not torch.equal(model.weight, before)
     assert model.weight.dtype == torch.float32
+
+
+def test_without_a_limit_gradients_stay_as_they_are():
+    loader = DataLoader(TensorDataset(100 * torch.randn(12, 4), torch.randint(3, (12,))), batch_size=12)
+    seen = Gradients()
+    module = LitModule(nn.Linear(4, 3), "classification", lr=0.1)
+    trainer(max_steps=2, max_epochs=2, precision="bf16-mixed", callbacks=[seen]).fit(module, loader)
+    assert seen.norm > 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -109,7 +109,8 @@ def test_format_table():
 def result(name, seed, accuracy, **options):
     defaults = {"n_parameters": 1234, "flops_per_sample": 5678, "n_swapped": 3, "kept": 0.25, "disguised": ()}
     rest = {"metrics": {"accuracy": accuracy, "loss": 0.5}, "wall_s": 10.0, "checkpoint": f"{name}/{seed}/best.ckpt"}
-    return RunResult(name=name, seed=seed, **{**defaults, **rest, **options})
+    measured = {"steps": 1200, "val_loss": 0.25, "step_ms": 12.5}
+    return RunResult(name=name, seed=seed, **{**defaults, **rest, **measured, **options})
 
 
 def test_summary_of_one_run():
@@ -122,10 +123,40 @@ def test_summary_of_one_run():
         r"FLOPs per sample \(forward\)": "5,678",
         "test accuracy": "97.50%",
         r"test loss \(nats\)": "0.5000",
+        "training steps": "1,200",
+        r"last validation loss \(nats\)": "0.2500",
+        "time per step": "12.50 ms",
         "wall time": "10.0 s",
     }.items():
         assert re.search(rf"^{label} +{value}$", text, re.MULTILINE), label
+    assert "GPU memory" not in text
     assert text.endswith("checkpoint (monarch, seed 0): monarch/0/best.ckpt")
+
+
+def test_what_was_not_measured_has_no_row():
+    text = summarise([result("monarch", 0, 0.975, val_loss=None, step_ms=None)])
+    assert "validation loss" not in text
+    assert "time per step" not in text
+
+
+def test_ratios_to_dense():
+    text = summarise(
+        [
+            result("monarch", 0, 0.9, val_loss=0.204, step_ms=10.0, peak_bytes=3 * 2**30),
+            result("dense", 0, 0.9, val_loss=0.2, step_ms=16.0, peak_bytes=4 * 2**30),
+        ]
+    )
+    for label, values, ratio in (
+        (r"last validation loss \(nats\)", "0.2040 +0.2000", "1.020"),
+        ("time per step", "10.00 ms +16.00 ms", "0.625"),
+        ("peak GPU memory", "3,072 MiB +4,096 MiB", "0.750"),
+    ):
+        assert re.search(rf"^{label} +{values}\n  monarch / dense +{ratio} +-$", text, re.MULTILINE), label
+
+
+def test_no_ratio_where_one_was_not_measured():
+    text = summarise([result("monarch", 0, 0.9, step_ms=None), result("dense", 0, 0.9)])
+    assert re.search(r"^time per step +- +12.50 ms\nwall time", text, re.MULTILINE)
 
 
 def test_summary_beside_dense_over_seeds():
