@@ -17,6 +17,7 @@
 
 #include "pair.h"
 #include "tiles.h"
+#include "weight_grad.h"
 
 namespace structlayers {
 namespace {
@@ -44,16 +45,22 @@ cudaStream_t current_stream(int32_t device) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// A tensor on the device of `like`.
+Tensor empty(const Tensor& like, int32_t dtype, int dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t device_type = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  AtenTensorHandle handle = nullptr;
+  const bool done = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &handle) == AOTI_TORCH_SUCCESS;
+  require(done, "could not allocate an output of " + std::to_string(sizes[0] * strides[0]) + " elements");
+  return Tensor(handle);
+}
+
 // A contiguous matrix of the dtype and device of `like`.
 Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-  int32_t dtype = 0, device_type = 0;
+  int32_t dtype = 0;
   aoti_torch_get_dtype(like.get(), &dtype);
-  aoti_torch_get_device_type(like.get(), &device_type);
-  AtenTensorHandle handle = nullptr;
-  require(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, like.get_device_index(), &handle) == AOTI_TORCH_SUCCESS,
-          "could not allocate an output of " + std::to_string(rows) + " x " + std::to_string(columns));
-  return Tensor(handle);
+  return empty(like, dtype, 2, sizes, strides);
 }
 
 // x (N, in) or, batch-last, (in, N), the last dimension with stride 1; weight (a, d, b, c) contiguous; bias (out,) or none.
@@ -176,6 +183,71 @@ Tensor cuda_pair(const Tensor& x, const Tensor& left, const Tensor& right, const
   return y;
 }
 
+// dy (N, out) and x (N, in) or, batch-last, (out, N) and (in, N), the last dimension with stride 1; up to a*b*d and a*c*d
+// features. Returns dw (a, d, b, c), contiguous; the batch is summed in `splits` parts, always in the same order.
+Tensor cuda_weight_grad(const Tensor& dy, const Tensor& x, int64_t a, int64_t b, int64_t c, int64_t d, bool batch_last, bool split,
+                        int64_t tile, int64_t splits) {
+  require(dy.is_cuda() && x.is_cuda() && dy.dim() == 2 && x.dim() == 2, "cuda_weight_grad expects two CUDA matrices");
+  require(dy.scalar_type() == x.scalar_type() && dy.get_device_index() == x.get_device_index(),
+          "cuda_weight_grad expects one dtype and one device");
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  require(a > 0 && b > 0 && c > 0 && d > 0 && a * b * d <= most && a * c * d <= most, "more than 2^31 - 1 features, or none");
+  const int feature_axis = batch_last ? 0 : 1, batch_axis = batch_last ? 1 : 0;
+  const int64_t n = x.size(batch_axis);
+  require(dy.size(batch_axis) == n, "cuda_weight_grad expects one batch");
+  require(dy.size(feature_axis) <= a * b * d && x.size(feature_axis) <= a * c * d, "more features than the factor has");
+  require((dy.size(1) <= 1 || dy.stride(1) == 1) && (x.size(1) <= 1 || x.stride(1) == 1),
+          "cuda_weight_grad expects stride 1 in the last dimension");
+  require(splits > 0 && splits <= most, "cuda_weight_grad expects at least one split");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  const ScalarType type = x.scalar_type();
+  const int64_t e = type == ScalarType::Float ? 4 : 8;  // elements in 16 bytes
+  const auto operand = [&](const Tensor& tensor, int64_t block) {
+    GradOperand o{};
+    o.data = tensor.data_ptr();
+    o.stride = tensor.stride(0);
+    o.features = tensor.size(feature_axis);
+    o.block = static_cast<int>(block);
+    o.aligned = aligned(o.data) && o.stride % e == 0 && (batch_last || a == 1 || block * d % e == 0);
+    return o;
+  };
+  const int64_t sizes[4] = {a, d, b, c}, strides[4] = {d * b * c, b * c, c, 1};
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(x.get(), &dtype);
+  Tensor dw = empty(x, dtype, 4, sizes, strides);
+  WeightGrad p{};
+  p.dy = operand(dy, b);
+  p.x = operand(x, c);
+  p.dw = dw.data_ptr();
+  p.n = n;
+  p.splits = static_cast<int>(splits);
+  p.a = static_cast<int>(a);
+  p.d = static_cast<int>(d);
+  std::optional<Tensor> partial;
+  if (splits > 1) {
+    const int64_t partial_sizes[2] = {splits, a * d * b * c}, partial_strides[2] = {a * d * b * c, 1};
+    partial = empty(x, aoti_torch_dtype_float32(), 2, partial_sizes, partial_strides);
+    p.partial = static_cast<float*>(partial->data_ptr());
+  }
+  const cudaStream_t stream = current_stream(device);
+  cudaError_t error = cudaErrorInvalidValue;
+  if (type == ScalarType::Float) {
+    error = split ? launch_weight_grad_float32_split(p, batch_last, tile, stream) : launch_weight_grad_float32(p, batch_last, tile, stream);
+  } else if (type == ScalarType::Half) {
+    error = launch_weight_grad_float16(p, batch_last, tile, stream);
+  } else if (type == ScalarType::BFloat16) {
+    error = launch_weight_grad_bfloat16(p, batch_last, tile, stream);
+  } else {
+    require(false, "cuda_weight_grad knows float32, float16 and bfloat16");
+  }
+  require(error == cudaSuccess, "the weight gradient of pattern (" + std::to_string(a) + "," + std::to_string(b) + "," +
+                                    std::to_string(c) + "," + std::to_string(d) + ") did not start with tile " + std::to_string(tile) +
+                                    ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  return dw;
+}
+
 }  // namespace
 }  // namespace structlayers
 
@@ -191,4 +263,5 @@ extern "C" int structlayers_built_for_sm90a() {
 STABLE_TORCH_LIBRARY_IMPL(structlayers, CUDA, library) {
   library.impl("cuda_product", TORCH_BOX(&structlayers::cuda_product));
   library.impl("cuda_pair", TORCH_BOX(&structlayers::cuda_pair));
+  library.impl("cuda_weight_grad", TORCH_BOX(&structlayers::cuda_weight_grad));
 }

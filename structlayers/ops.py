@@ -355,12 +355,18 @@ def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwar
 # ---- the public functions
 
 
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia") if torch.amp.is_autocast_available(name)
+)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to compute in where autocast is on."""
     if not torch._C._is_any_autocast_enabled():
         return None
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -94,8 +94,8 @@ _SHARED_BYTES_ELSEWHERE = 99 * 1024
 _MEMORY = 4.2e6
 _CACHE_OF_MULTIPROCESSOR = 6.5e6 / 132
 _PRODUCTS_OF_MULTIPROCESSOR = {"16bit": 1.5e6, "tf32": 0.7e6, "split": 0.22e6, "small": 0.1e6}
-# Elements per microsecond that a multiprocessor moves one by one, where they are no whole pieces of 16 bytes: neighbours,
-# and those that lie apart.
+# Elements per microsecond that a multiprocessor moves one by one, where they are no whole pieces of 16 bytes:
+# neighbours, and those that lie apart.
 _NEIGHBOURS_OF_MULTIPROCESSOR, _ELEMENTS_OF_MULTIPROCESSOR = 1.5e4, 2e3
 # Microseconds of a CTA beside its rows, and of the second kernel.
 _START, _SUM = 4.0, 3.0

@@ -364,7 +364,8 @@ def test_activation_checkpointing(use_reentrant):
         F.cross_entropy(z.float(), y).backward()
         gradients.append([own.grad, *(parameter.grad for parameter in model.parameters())])
     for plain, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, plain)
+        # Without gradients, as in the first of two passes, a chain may run by another plan, which rounds elsewhere.
+        assert (found - plain).norm() <= tolerance(torch.bfloat16, 1024, 4) * plain.norm()
 
 
 def test_recomputing_keeps_less_memory():

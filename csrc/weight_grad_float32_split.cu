@@ -1,0 +1,9 @@
+#include "launch_weight_grad.cuh"
+
+namespace structlayers {
+
+cudaError_t launch_weight_grad_float32_split(const WeightGrad& p, bool batch_last, int tile, cudaStream_t stream) {
+  return launch_weight_grad<float, true>(p, batch_last, tile, stream);
+}
+
+}  // namespace structlayers
