@@ -102,7 +102,12 @@ CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE, BMM_FAR_SHARE = 0.6, 0.7, 0.16, 0.085
 # The same for the kernel of small blocks, and where runs or rows are not whole 16-byte pieces.
 SMALL_BLOCKS_SHARE, ELEMENTS_SHARE = 0.27, 0.05
 # What the wgmma tiles move between the L2 and the SMs, counted as in `_kernel_s`.
-WGMMA_BYTES_PER_S = 4.6e12
+WGMMA_BYTES_PER_S = 5.0e12
+# The same for the tiles whose operands go to registers, fitted by hand to 23 patterns, d = 4, 8 and 16 (0.84 to 1.15
+# times what was measured): what bounds them while the weights stay in shared memory, and while they stream.
+REGISTERS_SHARE = 0.85
+REGISTERS_RESIDENT_BYTES = 128 * 1024
+REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 6.5e12, 9.0e12
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
 BMM_ROW_BLOCK_S = 4.8e-11
 
@@ -143,6 +148,12 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     if not whole:
         return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
+    if tile.registers:
+        # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
+        resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES
+        moved = c * -(-b // tile.columns) + (0 if resident else b * c / tile.rows) + b
+        rate = REGISTERS_RESIDENT_BYTES_PER_S if resident else REGISTERS_STREAMED_BYTES_PER_S
+        return traffic * max(1 / COPY_BYTES_PER_S / REGISTERS_SHARE, moved / (b + c) / rate)
     if tile.wgmma:
         # x once for every tile along j, w once for every tile of the batch, y with its padding through shared memory.
         tiles_j = -(-b // tile.columns)

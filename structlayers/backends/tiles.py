@@ -126,13 +126,17 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
 
 
-def _registers_tile(b: int, c: int, d: int) -> str:
-    """The name of the tile that reads x and w least often from the L2."""
+def _registers_tile(b: int, c: int, d: int) -> str | None:
+    """The name of the fastest of the tiles whose operands go to registers, None where an older one is faster.
+
+    By the times of 29 patterns on one H200 (csrc/NOTES.md).
+    """
     if d == 4:
-        if b <= 64:
-            return "registers4"
-        # The wide tile keeps w in shared memory up to c = 128.
-        return "registers4_wide" if c <= 128 else "registers4_pair"
-    if d > 8:
-        return "registers16" if b <= 32 else "registers16_pair"
-    return f"registers{d}"
+        # Twice as many columns, unless the last tile would be half empty; with a short c, more rows pay more.
+        wide = b > 64 and c >= b and -(-b // 64) % 2 == 0
+        return "registers4_wide" if wide else "registers4"
+    if d == 16:
+        # Two CTAs that share x want an even number of tiles along j.
+        pair = -(-b // 32) % 2 == 0 and (b <= 64 or c > 256)
+        return "registers16_pair" if pair else "registers16"
+    return "registers8" if d == 8 else None
