@@ -24,7 +24,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// Arrives at a barrier of any CTA of the cluster; `barrier` as map_to_cta gives it.
+// Arrives at a barrier of any CTA of the cluster, as map_to_cta gives it, where no data is handed over: without the fence of a
+// release, which waits for all of a thread's stores.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// The same after writes that whoever waits there is to see.
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
@@ -45,6 +51,11 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
           barrier),
       "r"(parity)
       : "memory");
+}
+
+// One arrival when all that this thread has copied with copy_async_16 is there; the barrier counts it among its arrivals.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
 // A box of a tensor to shared memory; the copy completes on `barrier`. Outside the tensor it reads zeros.

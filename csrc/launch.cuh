@@ -7,19 +7,12 @@
 
 #include "batch_first_hopper.cuh"
 #include "batch_last.cuh"
+#include "device.h"
+#include "launch_registers.cuh"
 #include "small_blocks.cuh"
 #include "tiles.h"
 
 namespace structlayers {
-
-inline int multiprocessors() {
-  static int counts[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  int& count = counts[device % 64];
-  if (count == 0) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 
 // More than 48 KB of dynamic shared memory must be asked for once per kernel and device.
 template <auto Kernel, typename... Arguments>
@@ -47,27 +40,11 @@ cudaError_t launch(int shared_bytes, int threads, int64_t tiles, int per_multipr
   return cudaGetLastError();
 }
 
-inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 template <typename Tile>
 cudaError_t launch_batch_first(const Product& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * ceil_div(p.d, Tile::DL) * ceil_div(p.b, Tile::TJ);
   static_assert(Tile::SharedBytes <= 227 * 1024);
   return launch<batch_first_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
-}
-
-// wgmma is in the binary where it was built for sm_90a (setup.py defines STRUCTLAYERS_SM90A), and runs on 9.0 alone.
-inline bool has_wgmma() {
-#ifdef STRUCTLAYERS_SM90A
-  static int majors[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  int& major = majors[device % 64];
-  if (major == 0) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-#else
-  return false;
-#endif
 }
 
 template <typename Tile>
@@ -76,6 +53,22 @@ cudaError_t launch_hopper(const Product& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * ceil_div(p.d, Tile::DL) * ceil_div(p.b, Tile::TJ);
   static_assert(Tile::SharedBytes <= 227 * 1024);
   return launch<batch_first_hopper_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+}
+
+// A tile that takes x to registers, or where it does not take the product, one that takes all.
+template <typename Tile, typename Other>
+cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
+  if (!has_wgmma()) return cudaErrorInvalidDeviceFunction;
+  bool taken = false;
+  const cudaError_t error = launch_registers<Tile>(p, stream, taken);
+  return taken ? error : launch_hopper<Other>(p, stream);
+}
+
+template <typename T, int Cluster>
+cudaError_t launch_registers_16(const Product& p, cudaStream_t stream) {
+  using Other = HopperTile<T, 16, 32, 32, 4, 1, 3, 4>;
+  if (p.d == 16) return launch_registers_or<RegisterTile<T, 16, false, 1, 1, 32, 32, Cluster>, Other>(p, stream);
+  return launch_registers_or<RegisterTile<T, 16, true, 1, 1, 32, 32, Cluster>, Other>(p, stream);
 }
 
 template <typename Tile>
@@ -116,6 +109,17 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
     case kHopper8: return launch_hopper<HopperTile<T, 8, 64, 32, 4, 2, 2, 2>>(p, stream);
     case kHopper16: return launch_hopper<HopperTile<T, 16, 32, 32, 4, 1, 3, 4>>(p, stream);
     case kHopper16Wide: return launch_hopper<HopperTile<T, 16, 32, 32, 3, 2, 2, 4>>(p, stream);
+    // DL, whether runs lie apart, parts that the warpgroups make of rows and of j, j of a warpgroup, K in a slot of w, cluster.
+    case kRegisters2:
+      return launch_registers_or<RegisterTile<T, 2, false, 2, 1, 128, 64, 1>, HopperTile<T, 2, 256, 64, 3, 2, 2, 4>>(p, stream);
+    case kRegisters4:
+      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 1>, HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
+    case kRegisters4Wide:
+      return launch_registers_or<RegisterTile<T, 4, false, 1, 2, 64, 32, 1>, HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
+    case kRegisters8:
+      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 1>, HopperTile<T, 8, 64, 32, 4, 2, 2, 2>>(p, stream);
+    case kRegisters16: return launch_registers_16<T, 1>(p, stream);
+    case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

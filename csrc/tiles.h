@@ -25,6 +25,12 @@ enum TileId : int {
   kHopper8 = 13,
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
+  kRegisters2 = 20,       // wgmma with x in registers, 16-bit, batch-first, sm_90a; DL as in the name
+  kRegisters4 = 21,       // 128 rows, 64 values of j
+  kRegisters4Wide = 22,   // 64 rows, 128 values of j
+  kRegisters8 = 23,
+  kRegisters16 = 24,
+  kRegisters16Pair = 25,  // clusters of two CTAs, which share x
 };
 
 // Launches on `stream` on the current device. Returns an error of the launch; cudaErrorInvalidValue for an unknown tile.

@@ -1,5 +1,5 @@
-// Hopper's asynchronous matrix products (wgmma, sm_90a), both operands in shared memory, K-major and swizzled as
-// `swizzled` in tile.cuh lays them out. No torch here.
+// Hopper's asynchronous matrix products (wgmma, sm_90a), operands in shared memory K-major and swizzled as `swizzled` in
+// tile.cuh lays them out, the first in shared memory or in registers. No torch here.
 #pragma once
 
 #include "ptx.cuh"
@@ -263,5 +263,77 @@ struct Wgmma<T, 256> {                                                          
 STRUCTLAYERS_WGMMA_256(__half, "f16")
 STRUCTLAYERS_WGMMA_256(__nv_bfloat16, "bf16")
 #undef STRUCTLAYERS_WGMMA_256
+
+// The same with a from registers: thread t of the warpgroup holds, in the four registers of 32 bytes of K, rows t / 4 % 8 and
+// that + 8 of the 16 of its warp (registers 0, 2 and 1, 3), bytes 4 (t % 4) of the first 16 (registers 0, 1) and the second
+// (2, 3). They must not change before the products are done.
+template <typename T, int N>
+struct WgmmaRegisters;
+
+#define STRUCTLAYERS_WGMMA_ACC(q) "+f"(acc[q][0]), "+f"(acc[q][1]), "+f"(acc[q][2]), "+f"(acc[q][3])
+
+#define STRUCTLAYERS_WGMMA_REGISTERS_32(T, TYPE, K, TAIL)                                                               \
+template <>                                                                                                             \
+struct WgmmaRegisters<T, 32> {                                                                                          \
+  __device__ static __forceinline__ void multiply(float (&acc)[4][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
+    asm volatile(                                                                                                       \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %21, 0;\n"                                                  \
+        "wgmma.mma_async.sync.aligned.m64n32" K ".f32." TYPE "." TYPE " "                                               \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                                      \
+        "{%16, %17, %18, %19}, %20, accumulate, 1, 1" TAIL ";\n}\n"                                                     \
+        : STRUCTLAYERS_WGMMA_ACC(0), STRUCTLAYERS_WGMMA_ACC(1), STRUCTLAYERS_WGMMA_ACC(2), STRUCTLAYERS_WGMMA_ACC(3)    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                            \
+  }                                                                                                                     \
+};
+STRUCTLAYERS_WGMMA_REGISTERS_32(__half, "f16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_32(__nv_bfloat16, "bf16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_32(float, "tf32", "k8", "")
+#undef STRUCTLAYERS_WGMMA_REGISTERS_32
+
+#define STRUCTLAYERS_WGMMA_REGISTERS_64(T, TYPE, K, TAIL)                                                               \
+template <>                                                                                                             \
+struct WgmmaRegisters<T, 64> {                                                                                          \
+  __device__ static __forceinline__ void multiply(float (&acc)[8][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
+    asm volatile(                                                                                                       \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %37, 0;\n"                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64" K ".f32." TYPE "." TYPE " "                                               \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                       \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                             \
+        "{%32, %33, %34, %35}, %36, accumulate, 1, 1" TAIL ";\n}\n"                                                     \
+        : STRUCTLAYERS_WGMMA_ACC(0), STRUCTLAYERS_WGMMA_ACC(1), STRUCTLAYERS_WGMMA_ACC(2), STRUCTLAYERS_WGMMA_ACC(3),   \
+          STRUCTLAYERS_WGMMA_ACC(4), STRUCTLAYERS_WGMMA_ACC(5), STRUCTLAYERS_WGMMA_ACC(6), STRUCTLAYERS_WGMMA_ACC(7)    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                            \
+  }                                                                                                                     \
+};
+STRUCTLAYERS_WGMMA_REGISTERS_64(__half, "f16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_64(__nv_bfloat16, "bf16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_64(float, "tf32", "k8", "")
+#undef STRUCTLAYERS_WGMMA_REGISTERS_64
+
+#define STRUCTLAYERS_WGMMA_REGISTERS_128(T, TYPE, K, TAIL)                                                               \
+template <>                                                                                                              \
+struct WgmmaRegisters<T, 128> {                                                                                          \
+  __device__ static __forceinline__ void multiply(float (&acc)[16][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
+    asm volatile(                                                                                                        \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %69, 0;\n"                                                   \
+        "wgmma.mma_async.sync.aligned.m64n128" K ".f32." TYPE "." TYPE " "                                               \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                        \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                               \
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                               \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                              \
+        "{%64, %65, %66, %67}, %68, accumulate, 1, 1" TAIL ";\n}\n"                                                      \
+        : STRUCTLAYERS_WGMMA_ACC(0), STRUCTLAYERS_WGMMA_ACC(1), STRUCTLAYERS_WGMMA_ACC(2), STRUCTLAYERS_WGMMA_ACC(3),    \
+          STRUCTLAYERS_WGMMA_ACC(4), STRUCTLAYERS_WGMMA_ACC(5), STRUCTLAYERS_WGMMA_ACC(6), STRUCTLAYERS_WGMMA_ACC(7),    \
+          STRUCTLAYERS_WGMMA_ACC(8), STRUCTLAYERS_WGMMA_ACC(9), STRUCTLAYERS_WGMMA_ACC(10), STRUCTLAYERS_WGMMA_ACC(11),  \
+          STRUCTLAYERS_WGMMA_ACC(12), STRUCTLAYERS_WGMMA_ACC(13), STRUCTLAYERS_WGMMA_ACC(14), STRUCTLAYERS_WGMMA_ACC(15) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                             \
+  }                                                                                                                      \
+};
+STRUCTLAYERS_WGMMA_REGISTERS_128(__half, "f16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_128(__nv_bfloat16, "bf16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_128(float, "tf32", "k8", "")
+#undef STRUCTLAYERS_WGMMA_REGISTERS_128
+
+#undef STRUCTLAYERS_WGMMA_ACC
 
 }  // namespace structlayers

@@ -357,7 +357,9 @@ def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwar
 
 # Asked once: torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia") if torch.amp.is_autocast_available(name)
+    name
+    for name in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia")
+    if torch.amp.is_autocast_available(name)
 )
 
 

@@ -79,7 +79,7 @@ def test_the_copy_engine_is_given_whole_pieces():
         problem = Problem(Pattern(2, b, c, d), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
         return {tile.name for tile in tiles_for(problem) if tile.registers}
 
-    assert names(64, 64, 4) == {"registers4", "registers4_wide", "registers4_pair"}
+    assert names(64, 64, 4) == {"registers4", "registers4_wide"}
     assert names(61, 8, 2) == {"registers2"}
     assert names(64, 64, 16) == names(64, 64, 24) == {"registers16", "registers16_pair"}
     for b, c, d in ((64, 61, 4), (64, 64, 3), (64, 64, 12), (64, 64, 20), (64, 64, 1)):

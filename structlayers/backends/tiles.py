@@ -58,10 +58,9 @@ TILES_16BIT = (
     Tile("registers2", 20, _FIRST, 2, 128, 128, wgmma=True, registers=True),
     Tile("registers4", 21, _FIRST, 4, 128, 64, wgmma=True, registers=True),
     Tile("registers4_wide", 22, _FIRST, 4, 64, 128, wgmma=True, registers=True),
-    Tile("registers4_pair", 25, _FIRST, 4, 128, 64, wgmma=True, registers=True, cluster=2),
     Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True),
     Tile("registers16", 24, _FIRST, 16, 64, 32, wgmma=True, registers=True),
-    Tile("registers16_pair", 26, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
+    Tile("registers16_pair", 25, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
 )
@@ -129,8 +128,10 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
 def _registers_tile(b: int, c: int, d: int) -> str | None:
     """The name of the fastest of the tiles whose operands go to registers, None where an older one is faster.
 
-    By the times of 29 patterns on one H200 (csrc/NOTES.md).
+    By the times of 36 patterns on one H200 (csrc/NOTES.md).
     """
+    if d == 2:
+        return "registers2" if b > 64 else None
     if d == 4:
         # Twice as many columns, unless the last tile would be half empty; with a short c, more rows pay more.
         wide = b > 64 and c >= b and -(-b // 64) % 2 == 0
@@ -139,4 +140,6 @@ def _registers_tile(b: int, c: int, d: int) -> str | None:
         # Two CTAs that share x want an even number of tiles along j.
         pair = -(-b // 32) % 2 == 0 and (b <= 64 or c > 256)
         return "registers16_pair" if pair else "registers16"
+    if d > 16:
+        return "registers16" if d % 16 == 0 else None
     return "registers8" if d == 8 else None

@@ -1,0 +1,122 @@
+// From a product to a launch of batch_first_registers.cuh: how the work is cut, tensor maps, the kernel.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+#include <type_traits>
+
+#include "batch_first_registers.cuh"
+#include "device.h"
+#include "tensor_map.cuh"
+
+namespace structlayers {
+
+constexpr int kRegisterSharedBytes = 227 * 1024;
+
+// False where the tile does not take the product: copies are of whole 16-byte pieces.
+template <typename Tile>
+bool register_shape(const Product& p, int clusters, RegisterShape& s) {
+  constexpr int LeastXBytes = 64 * 1024, room = kRegisterSharedBytes - Tile::YBytes - Tile::BarrierBytes;
+  const int64_t columns = int64_t{p.a} * p.c * p.d;
+  if (Tile::Strided ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL) return false;
+  if (!p.w_aligned || !p.x_aligned || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
+  s.flat_input = p.in_features != columns;
+  if constexpr (Tile::Strided) {
+    if (p.in_features % 8 != 0) return false;
+  } else {
+    // Then the columns that follow a block are the next block's, and nothing but zeros may meet them.
+    if (s.flat_input && p.a > 1 && p.c % Tile::XK != 0) return false;
+  }
+  const int w_steps = (p.c + Tile::WK - 1) / Tile::WK;
+  const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
+  s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + LeastXBytes <= room;
+  // As many values of k of x as of w.
+  const int balanced = room / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
+  s.w_slots = s.resident ? w_steps : std::clamp(balanced, 2, Tile::MaxSlots);
+  s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
+  // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
+  const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL - 1) / Tile::DL) *
+                                   ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
+  const auto units = [&](int tiles) { return (tiles_n + tiles - 1) / tiles * columns_of_units; };
+  s.unit_tiles = 1;
+  if (s.resident) {
+    double least = 0;
+    for (int tiles = 1; tiles <= 8; ++tiles) {
+      const double rounds = static_cast<double>((units(tiles) + clusters - 1) / clusters);
+      const double cost = rounds * (tiles + 1.5 * Tile::TJ / Tile::TN);
+      if (tiles == 1 || cost < least) {
+        least = cost;
+        s.unit_tiles = tiles;
+      }
+    }
+  }
+  if (units(s.unit_tiles) > std::numeric_limits<int>::max()) return false;
+  s.units = static_cast<unsigned>(units(s.unit_tiles));
+  return true;
+}
+
+template <typename Tile>
+bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& maps) {
+  constexpr auto type = std::is_same_v<typename Tile::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
+  if constexpr (!Tile::Strided) {
+    const int64_t blocks = s.flat_input ? 1 : p.a;
+    // Where a is 1, its stride is not used, but must be one that a map takes.
+    const int64_t block_stride = blocks == 1 ? p.x_stride : run;
+    if (!make_tensor_map(maps.x, type, 2, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
+                         {{s.flat_input ? p.in_features : run, 1, 64}, {blocks, block_stride, 1}, {p.n, p.x_stride, Tile::BoxRows}})) {
+      return false;
+    }
+  }
+  return make_tensor_map(maps.w, type, 2, p.w, Tile::WRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                         {{p.c, 1, Tile::WK}, {p.b, p.c, Tile::TJ}, {int64_t{p.a} * p.d, block, Tile::DL}});
+}
+
+// Leaves `taken` false where the tile does not take the product.
+template <typename Tile>
+cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken) {
+  constexpr auto Kernel = batch_first_registers_kernel<Tile>;
+  static std::mutex mutex;
+  static int most_clusters[64] = {};
+  taken = true;
+  int device = 0;
+  cudaGetDevice(&device);
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = Tile::Cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.gridDim = dim3(Tile::Cluster);
+  config.blockDim = dim3(Tile::Threads);
+  config.dynamicSmemBytes = kRegisterSharedBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = Tile::Cluster > 1 ? 1 : 0;
+  int clusters;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    int& most = most_clusters[device % 64];
+    if (most == 0) {
+      cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRegisterSharedBytes);
+      if (error == cudaSuccess && Tile::Cluster > 1) error = cudaOccupancyMaxActiveClusters(&most, Kernel, &config);
+      if (error != cudaSuccess) {
+        cudaGetLastError();
+        return error;
+      }
+      if (Tile::Cluster == 1) most = multiprocessors();
+      if (most < 1) return cudaErrorLaunchOutOfResources;
+    }
+    clusters = most;
+  }
+  RegisterShape s{};
+  RegisterMaps maps{};
+  if (!register_shape<Tile>(p, clusters, s) || !make_register_maps<Tile>(p, s, maps)) {
+    taken = false;
+    return cudaSuccess;
+  }
+  config.gridDim = dim3(std::min(s.units, static_cast<unsigned>(clusters)) * Tile::Cluster);
+  return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
+}
+
+}  // namespace structlayers
