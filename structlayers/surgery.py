@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from structlayers.data_aware import InputMoments, project_linear
 from structlayers.epilogues import fuse_sequentials, plan_absorptions
-from structlayers.errors import ChainError, ConfigError
+from structlayers.errors import ChainError, ConfigError, DataError
 from structlayers.formats import PermutedLinear
 from structlayers.frozen import FrozenFactors
 from structlayers.nn import KSLinear
@@ -131,15 +132,19 @@ def swap_linears(
     layout: str = "batch_first",
     recompute: bool = False,
     activations: Mapping[str, str] | None = None,
+    moments: Mapping[str, InputMoments] | None = None,
+    ridge: float = 1e-2,
 ) -> SwapReport:
     """Replace the linear layers that ``rule`` names by :class:`KSLinear`, in place.
 
     ``rule``: a :class:`SwapRule`, a mapping with its fields, the name of a structure, a list of these (the first that
     matches a name decides), or a callable ``(name, in_features, out_features) -> Chain | None``.
-    ``init``: ``"random"`` (of the ``scale`` that :func:`structlayers.init.factor_std` names) or ``"project"`` (an
-    approximation of the weight that was there, :meth:`KSLinear.from_linear`). Bias values, dtype, device, training mode
-    and ``requires_grad`` are kept. ``backend``, ``layout`` and ``recompute`` are those of :class:`KSLinear`;
-    ``layout="batch_last"`` only fits a model whose other layers read ``(features, N)``.
+    ``init``: ``"random"`` (of the ``scale`` that :func:`structlayers.init.factor_std` names), ``"project"`` (an
+    approximation of the weight that was there, :meth:`KSLinear.from_linear`) or ``"project_data"`` (one of the outputs
+    on calibration inputs, whose ``moments`` :func:`structlayers.calibrate.collect_moments` finds, with ``ridge`` and a
+    corrected bias: :func:`structlayers.data_aware.project_linear`). Otherwise bias values are kept, and always dtype,
+    device, training mode and ``requires_grad``. ``backend``, ``layout`` and ``recompute`` are those of
+    :class:`KSLinear`; ``layout="batch_last"`` only fits a model whose other layers read ``(features, N)``.
 
     A GELU, ReLU or SiLU behind a new layer becomes part of its op in ``nn.Sequential`` and in the project's own models;
     elsewhere where ``activations`` says which module it is: ``{"*.mlp.c_fc": "act"}``, as in
@@ -150,10 +155,14 @@ def swap_linears(
     ``nn.TransformerEncoderLayer`` reads its children's weights only in its fused inference path, which is turned off.
 
     Raises :class:`ConfigError` for a rule that matches no layer, naming its patterns and the layers that exist, and for
-    an unknown structure, option or ``init``, or ``activations`` that do not fit; the model is then unchanged.
+    an unknown structure, option or ``init``, or ``activations`` that do not fit; :class:`DataError` for a layer whose
+    calibration is absent or too small. The model is then unchanged.
     """
-    if init not in ("random", "project"):
-        raise ConfigError(f"init = {init!r}: expected 'random' or 'project'")
+    if init not in ("random", "project", "project_data"):
+        raise ConfigError(f"init = {init!r}: expected 'random', 'project' or 'project_data'")
+    if (init == "project_data") != (moments is not None):
+        given = "no moments" if moments is None else "moments"
+        raise ConfigError(f"init = {init!r} with {given}: expected 'project_data' with those of collect_moments")
     if as_linear(model) is not None:
         raise ConfigError(
             f"the model itself is a {type(model).__name__}: it has no parent to swap it in; use KSLinear.from_linear"
@@ -177,7 +186,10 @@ def swap_linears(
         except ChainError as reason:
             skipped.append(SkippedLayer(name, str(reason)))
             continue
-        layers[name] = _build(linear, chain, init, options)
+        with warnings.catch_warnings(record=True) as more_notes:
+            warnings.simplefilter("always")
+            layers[name] = _build(name, linear, chain, init, options, moments or {}, ridge)
+        notes += more_notes
         swapped.append(SwappedLayer(name, chain, "; ".join(str(note.message) for note in notes)))
     install(model, layers)
     fuse_sequentials(model)
@@ -380,17 +392,35 @@ def _reads_weight(parent: type, child: str) -> bool:
     return re.search(rf"\bself\.{re.escape(child)}\.weight\b", _forward_source(parent)) is not None
 
 
-def _build(old: nn.Linear, chain: Chain, init: str, options: Mapping[str, Any]) -> KSLinear:
+def _build(
+    name: str,
+    old: nn.Linear,
+    chain: Chain,
+    init: str,
+    options: Mapping[str, Any],
+    moments: Mapping[str, InputMoments],
+    ridge: float,
+) -> KSLinear:
+    if init != "random" and old.weight.is_meta:
+        raise ConfigError(f"init = {init!r} with weights on the meta device: expected values to project, or 'random'")
     if init == "project":
-        if old.weight.is_meta:
-            raise ConfigError(
-                "init = 'project' with weights on the meta device: expected values to project, or 'random'"
-            )
         return KSLinear.from_linear(old, chain, **options)
-    new = KSLinear(chain, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype, **options)
-    if new.bias is not None:
-        with torch.no_grad():
-            new.bias.copy_(old.bias)
+    weights: list[Tensor] = []
+    bias: Tensor | None = old.bias
+    if init == "project_data":
+        if name not in moments:
+            known = ", ".join(list(moments)[:5]) or "no layer"
+            raise DataError(f"no calibration of {name}: the moments are of {known}{', ...' * (len(moments) > 5)}")
+        try:
+            weights, bias = project_linear(old, chain, moments[name], ridge=ridge)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    new = KSLinear(chain, bias=bias is not None, device=old.weight.device, dtype=old.weight.dtype, **options)
+    with torch.no_grad():
+        for q, weight in enumerate(weights):
+            new.factors[q].copy_(weight)
+        if bias is not None:
+            new.bias.copy_(bias)
     return dress(new, old)
 
 

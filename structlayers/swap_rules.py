@@ -28,7 +28,8 @@ class SwapRule:
     ``structure``: a name in :data:`STRUCTURES`, with the constructor's own ``options`` (``{"blocks": 4}``), or a chain
     spec ``"(1,192,192,4)(4,192,192,1)"``. ``include`` and ``exclude``: fnmatch patterns on the dotted module name
     (``"*.mlp.*"``); ``*`` also matches dots. A chain with ``kept >= max_kept`` is not installed, nor one that is dense
-    in disguise; ``structure="dense"`` asks for a dense chain and is exempt from both.
+    in disguise; ``structure="dense"`` asks for a dense chain and is exempt from both. ``budget``: the option ``rank``
+    is the largest whose chain keeps at most this fraction of the parameters, padding included.
     Raises :class:`ConfigError` for an unknown structure or option, naming what exists.
     """
 
@@ -37,6 +38,7 @@ class SwapRule:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     max_kept: float = 1.0
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -46,9 +48,15 @@ class SwapRule:
         object.__setattr__(self, "options", dict(self.options or {}))
         if not self.max_kept > 0:
             raise ConfigError(f"max_kept = {self.max_kept!r}: expected a fraction of the dense parameters above 0")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"budget = {self.budget!r}: expected a fraction of the dense parameters, above 0, at most 1"
+            )
         if self._is_spec:
             if self.options:
                 raise ConfigError(f"options {dict(self.options)} with the chain {self.structure!r}: expected none")
+            if self.budget is not None:
+                raise ConfigError(f"budget = {self.budget!r} with the chain {self.structure!r}, whose ranks are given")
             Chain.parse(self.structure)
         else:
             self._check_options()
@@ -66,8 +74,14 @@ class SwapRule:
                 f"structure {self.structure!r} has no option {', '.join(sorted(unknown))}: "
                 f"expected {', '.join(options) or 'no options'}"
             )
-        needed = [name for name in options if parameters[name].default is inspect.Parameter.empty]
-        if missing := [name for name in needed if name not in self.options]:
+        if self.budget is not None and ("rank" not in options or self.options.get("rank") is not None):
+            has = f"options {dict(self.options)}" if "rank" in options else "no option rank"
+            raise ConfigError(
+                f"budget = {self.budget!r} with structure {self.structure!r} of {has}: expected a free rank"
+            )
+        needed = {name for name in options if parameters[name].default is inspect.Parameter.empty}
+        needed -= {"rank"} if self.budget is not None else set()
+        if missing := sorted(needed - set(self.options)):
             raise ConfigError(f"structure {self.structure!r} needs the option {', '.join(missing)}")
 
     @property
@@ -80,10 +94,24 @@ class SwapRule:
             chain = Chain.parse(self.structure)
             check_fit(chain, in_features, out_features)
         else:
-            chain = STRUCTURES[self.structure](in_features=in_features, out_features=out_features, **self.options)
+            chain = self._construct(in_features, out_features)
         if self.structure != "dense":
             check_gain(chain, self.max_kept)
         return chain
+
+    def _construct(self, in_features: int, out_features: int) -> Chain:
+        make = STRUCTURES[self.structure]
+        sizes = {"in_features": in_features, "out_features": out_features, **self.options}
+        if self.budget is None:
+            return make(**sizes)
+        # The parameters of these structures are proportional to the rank.
+        least = make(**{**sizes, "rank": 1})
+        rank = int(self.budget / least.kept * (1 + 1e-12))
+        if rank < 1:
+            raise ChainError(
+                f"{least.spec}, of rank 1, keeps {least.kept:.1%}: more than the budget of {self.budget:.1%}"
+            )
+        return make(**{**sizes, "rank": rank})
 
     def matches(self, name: str) -> bool:
         return first_match(name, self.include) is not None and first_match(name, self.exclude) is None

@@ -30,6 +30,7 @@ REST = (
     (5, 7, 4096),
     (2, 8, 300),
     (1, 64, 99),
+    (1, 16, 4096),
 )
 FAMILY = [
     Problem(Pattern(a, b, c, d), n, dtype, "cuda", layout, tf32, capability=capability)

@@ -106,7 +106,7 @@ WGMMA_BYTES_PER_S = 5.0e12
 # The same for the tiles whose operands go to registers, fitted by hand to 23 patterns, d = 4, 8 and 16 (0.84 to 1.15
 # times what was measured): what bounds them while the weights stay in shared memory, and while they stream.
 REGISTERS_SHARE = 0.85
-REGISTERS_RESIDENT_BYTES = 128 * 1024
+REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 6.5e12, 9.0e12
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
 BMM_ROW_BLOCK_S = 4.8e-11
@@ -153,7 +153,9 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES
         moved = c * -(-b // tile.columns) + (0 if resident else b * c / tile.rows) + b
         rate = REGISTERS_RESIDENT_BYTES_PER_S if resident else REGISTERS_STREAMED_BYTES_PER_S
-        return traffic * max(1 / COPY_BYTES_PER_S / REGISTERS_SHARE, moved / (b + c) / rate)
+        # Runs of 32 bytes of longer rows come one by one.
+        whole_rows = 1.0 if d == tile.run else REGISTERS_SHORT_RUNS
+        return traffic * max(1 / COPY_BYTES_PER_S / REGISTERS_SHARE, moved / (b + c) / rate) / whole_rows
     if tile.wgmma:
         # x once for every tile along j, w once for every tile of the batch, y with its padding through shared memory.
         tiles_j = -(-b // tile.columns)

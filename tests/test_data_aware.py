@@ -1,0 +1,69 @@
+"""Calibration and data-aware factorisation: moments against their definition, outputs nearer than by plain block SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from structlayers import Chain, SwapRule, swap_linears
+from structlayers.calibrate import collect_moments
+from structlayers.data_aware import project_data
+from structlayers.errors import DataError
+from structlayers.factorize import factorize, to_dense
+
+
+def inputs(rows: int, features: int) -> torch.Tensor:
+    """Correlated, of very different sizes, with a mean."""
+    torch.manual_seed(0)
+    mix = torch.randn(features, features) * torch.logspace(0, -2, features)
+    return torch.randn(rows, features) @ mix + 0.3
+
+
+def test_moments_are_those_of_the_inputs():
+    x = inputs(300, 12)
+    model = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5))
+    moments = collect_moments(model, [x[:100], x[100:]])
+    assert list(moments) == ["0", "2"]
+    hidden = model[1](model[0](x)).double()
+    for name, data in (("0", x.double()), ("2", hidden)):
+        assert moments[name].rows == 300
+        torch.testing.assert_close(moments[name].mean, data.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments[name].second, data.T @ data / 300, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [Chain.monarch(24, 36, 2), Chain.low_rank(24, 36, 5), Chain.btt(24, 36, rank=2)],
+    ids=lambda c: c.spec,
+)
+def test_outputs_are_nearer_than_by_plain_block_svd(chain):
+    x = inputs(2000, 24)
+    weight = torch.randn(36, 24)
+    moments = collect_moments(nn.Sequential(nn.Linear(24, 36)), [x])["0"]
+    found = project_data(weight, chain, moments, ridge=1e-6)
+    plain = to_dense(factorize(weight, chain).weights, 24, 36)
+    ours = to_dense(found.weights, 24, 36)
+    error = [float((x @ (weight - w).T).norm() / (x @ weight.T).norm()) for w in (ours, plain)]
+    assert error[0] < 0.8 * error[1]
+    assert error[0] == pytest.approx(found.error, rel=0.05)
+    assert all(after <= before * (1 + 1e-9) for before, after in zip(found.history, found.history[1:], strict=False))
+
+
+def test_swapping_by_calibration():
+    x = inputs(500, 16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    expected = model(x)
+    moments = collect_moments(model, [x])
+    swap_linears(model, SwapRule("monarch", {"blocks": 4}), init="project_data", moments=moments)
+    assert torch.isfinite(model(x)).all()
+    assert (model(x) - expected).norm() < expected.norm()
+
+
+def test_too_little_data_is_named():
+    model = nn.Sequential(nn.Linear(16, 8))
+    few = collect_moments(model, [inputs(3, 16)])["0"]
+    with pytest.raises(DataError, match="3 rows for 16"):
+        few.moment(ridge=0)
+    with pytest.warns(UserWarning, match="3 rows for 16"):
+        few.moment(ridge=0.1)
