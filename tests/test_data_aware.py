@@ -1,4 +1,4 @@
-"""Calibration and data-aware factorisation: moments against their definition, outputs nearer than by plain block SVD."""
+"""Calibration and data-aware factorisation: moments by definition, outputs nearer than by plain block SVD."""
 
 from __future__ import annotations
 
