@@ -31,7 +31,7 @@ from structlayers.bench.timing import TimingPlan
 from structlayers.build import build_model
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError, DataError
-from structlayers.lit import LitModule, check_matches, read_checkpoint
+from structlayers.lit import check_matches, evaluate, read_checkpoint
 
 METRICS = {"accuracy": "accuracy {:.2%}", "bits_per_byte": "{:.4f} bits per byte", "loss": "loss {:.4f} nats"}
 # Groups that a checkpoint has already decided.
@@ -78,6 +78,7 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         free=cfg.free,
         energy=cfg.energy,
         energy_window_s=cfg.energy_window_s,
+        commit=cfg.commit,
         plan=TimingPlan(**cfg.bench),
     )
 
@@ -132,19 +133,6 @@ def from_checkpoint(cfg: DictConfig, device: torch.device) -> Subject:
 def overrides() -> list[str]:
     """The overrides on the command line."""
     return list(HydraConfig.get().overrides.task)
-
-
-def evaluate(model: nn.Module, task: str, data: pl.LightningDataModule, device: torch.device) -> dict[str, float]:
-    """Test metrics of ``model`` on the test split of ``data``, by their names in ``LitModule``; float32."""
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-    )
-    [metrics] = trainer.test(LitModule(model, task, lr=1.0), datamodule=data, verbose=False)
-    return {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
 
 
 def test_batch(data: pl.LightningDataModule, batch: int) -> Tensor:

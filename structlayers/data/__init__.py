@@ -3,5 +3,12 @@
 from structlayers.data.digits import DigitsDataModule
 from structlayers.data.fashion_mnist import FashionMNISTDataModule
 from structlayers.data.text import TextDataModule
+from structlayers.data.tokens import PassagePairsDataModule, TokenDataModule
 
-__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "TextDataModule"]
+__all__ = [
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "PassagePairsDataModule",
+    "TextDataModule",
+    "TokenDataModule",
+]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from structlayers.errors import ConfigError
-from structlayers.models import timm_model, transformers_model
+from structlayers.models import passage_matcher, timm_model, transformers_model
+from structlayers.models.hub import pretrained_source
 
 LANGUAGE = {"vocab_size": 32, "context_length": 16}
 VISION = {"input_shape": (1, 8, 8), "num_classes": 3}
@@ -61,6 +62,36 @@ def test_transformers_pretrained_from_a_local_folder(tmp_path):
     assert torch.equal(again(tokens), model(tokens))
     with pytest.raises(ConfigError, match="vocab_size=256: the pretrained model has only 32"):
         transformers_model(str(tmp_path), vocab_size=256, context_length=16, pretrained=True)
+
+
+TINY_BERT = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def test_passage_matcher_scores_are_scaled_cosines(tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = passage_matcher("bert", **LANGUAGE, pretrained=False, scale=7.0, **TINY_BERT).eval()
+    pairs = torch.randint(32, (5, 2, 16))
+    means = [model.model(pairs[:, i]).last_hidden_state.mean(1) for i in (0, 1)]
+    cosines = torch.cosine_similarity(means[0][:, None], means[1][None], dim=-1)
+    assert model(pairs).shape == (5, 5)
+    torch.testing.assert_close(model(pairs), 7 * cosines, rtol=1e-4, atol=1e-4)
+    model.model.save_pretrained(tmp_path)
+    again = passage_matcher(str(tmp_path), **LANGUAGE, scale=7.0).eval()
+    assert torch.equal(again(pairs), model(pairs))
+    with pytest.raises(ConfigError, match="max_position_embeddings=17: the pretrained model has only 16"):
+        passage_matcher(str(tmp_path), vocab_size=32, context_length=17)
+    with pytest.raises(ConfigError, match=r"name='.*nothing': not loaded by AutoModel"):
+        passage_matcher(str(tmp_path / "nothing"), **LANGUAGE)
+
+
+def test_pretrained_source():
+    assert pretrained_source("any/name") == "any/name"
+    assert pretrained_source("package:structlayers/models").endswith("structlayers/models")
+    with pytest.raises(ConfigError, match="no package 'nowhere' is installed"):
+        pretrained_source("package:nowhere/model")
+    with pytest.raises(ConfigError, match="the package has no folder 'nothing'"):
+        pretrained_source("package:structlayers/nothing")
 
 
 @pytest.mark.parametrize(
