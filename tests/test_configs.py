@@ -1,6 +1,7 @@
 """Every file of every configuration group composes, and what it describes can be built."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from structlayers.bench.timing import TimingPlan
-from structlayers.build import build_model
+from structlayers.build import build_model, locate
 from structlayers.cli import CONFIGS
 from structlayers.lit import LitModule
 from structlayers.lit.summary import count_flops, disguised_chains, example_input
@@ -18,6 +19,14 @@ from structlayers.lit.summary import count_flops, disguised_chains, example_inpu
 FILES = sorted(path for path in Path(CONFIGS).glob("*/*.yaml"))
 IMAGE = {"input_shape": (1, 8, 8), "num_classes": 10}
 TEXT = {"vocab_size": 256, "context_length": 16}
+# Values that have no default.
+GIVEN = {
+    ("data", "text"): ["data.path=some.txt"],
+    ("pretrained", "causal_lm"): ["model.name=a_folder"],
+    ("pretrained", "encoder"): ["model.name=a_folder"],
+    ("pretrained", "timm"): ["model.name=vit_tiny_patch16_224"],
+    ("pretrained", "checkpoint"): ["ckpt_path=a_folder"],
+}
 PACKAGES = {"timm": "timm", "transformers": "transformers", "wandb": "wandb"}
 
 
@@ -96,6 +105,26 @@ def check_hydra(cfg):
     assert cfg.seed == 0
 
 
+def check_pretrained(cfg):
+    """What convert.py does with it before it reads a model."""
+    assert len(wanted(cfg)) == len(cfg.budgets) * len(cfg.inits) * len({*cfg.compare, cfg.chain})
+    if cfg.ckpt_path is None:
+        assert callable(locate(cfg.model._target_))
+        data = instantiate(cfg.data)
+        assert data.task in ("classification", "language_modelling")
+        assert not OmegaConf.missing_keys(cfg)
+    LitModule(torch.nn.Linear(2, 2), "classification", **OmegaConf.to_container(cfg.optim, resolve=True))
+
+
+def wanted(cfg):
+    spec = importlib.util.spec_from_file_location("convert", Path(CONFIGS).parent / "convert.py")
+    module = importlib.util.module_from_spec(spec)
+    # Where the dataclasses of a script look for its names.
+    sys.modules["convert"] = module
+    spec.loader.exec_module(module)
+    return module.wanted(cfg)
+
+
 def check_bench(cfg):
     TimingPlan(**cfg.bench)
 
@@ -115,17 +144,16 @@ def test_file_of_a_group(path, tmp_path):
         pytest.skip(f"needs {package}")
     # Wandb would look for an account.
     offline = ["logger.wandb.offline=true"] if name == "wandb" else []
-    # The one value that has no default.
-    given = ["data.path=some.txt"] if (group, name) == ("data", "text") else []
-    config = "infer" if group == "bench" else "train"
-    folder = [f"output_dir={tmp_path}"] if config == "train" else []
+    given = GIVEN.get((group, name), [])
+    config = {"bench": "infer", "pretrained": "convert"}.get(group, "train")
+    folder = [] if config == "infer" else [f"output_dir={tmp_path}"]
     CHECKS[group](composed(f"{group}={name}", *folder, *offline, *given, config=config))
 
 
-@pytest.mark.parametrize("config", ["train", "infer"])
-def test_top_file(config):
+@pytest.mark.parametrize(("config", "choice"), [("train", "structure"), ("infer", "structure"), ("convert", "chain")])
+def test_top_file(config, choice):
     cfg = composed(config=config)
-    assert {"model", "structure", "data"} <= set(cfg)
+    assert {"model", choice, "data"} <= set(cfg)
 
 
 def test_default_is_structured_digits(tmp_path):
