@@ -78,6 +78,7 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         free=cfg.free,
         energy=cfg.energy,
         energy_window_s=cfg.energy_window_s,
+        commit=cfg.commit,
         plan=TimingPlan(**cfg.bench),
     )
 

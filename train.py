@@ -66,6 +66,8 @@ def train(cfg: DictConfig, name: str) -> RunResult:
 
     on_gpu = trainer.strategy.root_device.type == "cuda"
     if on_gpu:
+        # Before its first use a device has no statistics that could be reset.
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     start = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structlayers.backends import check_backend
 from structlayers.bench.compare import Case, Conditions, Contender, Variant, compare, room_to_compile
 from structlayers.bench.energy import EnergyColumn
-from structlayers.bench.machine import describe_machine, measure_roofline
+from structlayers.bench.machine import measure_roofline
 from structlayers.bench.model_variants import (
     as_one_factor,
     dense_twin,
@@ -24,9 +24,9 @@ from structlayers.bench.model_variants import (
     with_backend,
     with_free_linears,
 )
-from structlayers.bench.nvml import busy_reason, device_state
+from structlayers.bench.nvml import device_state
 from structlayers.bench.rows import Row
-from structlayers.bench.sweep import command_line
+from structlayers.bench.sweep import command_line, machine_of
 from structlayers.bench.timing import TimingPlan, in_turn
 from structlayers.bench.verify import agreement, sample_rows
 from structlayers.errors import ConfigError
@@ -58,6 +58,7 @@ class ModelSweep:
     first and the last ones). ``frozen``: whether the structured layers are frozen first. ``epilogue``: also
     dense with the activations of the feed-forwards in cuBLAS's epilogue. ``one_factor``: in float32, also the dense
     weight by our own kernel as one factor. ``free``: also with free linears, for the latency of all the rest.
+    ``commit``: names the code in the rows, where it is not in a git repository.
     """
 
     batch_sizes: Sequence[int] = (1, 64)
@@ -74,6 +75,7 @@ class ModelSweep:
     free: bool = False
     energy: bool = False
     energy_window_s: float = 1.0
+    commit: str | None = None
     plan: TimingPlan = field(default_factory=TimingPlan)
 
     def __post_init__(self) -> None:
@@ -116,9 +118,7 @@ def time_model(
     that say so, and the next is timed.
     """
     device = torch.device(sweep.device)
-    machine = describe_machine(device)
-    if reason := busy_reason(device):
-        machine["busy"] = reason
+    machine = machine_of(device, sweep.commit)
     energy = EnergyColumn(device, sweep.energy_window_s) if sweep.energy else None
     for dtype_name in sweep.dtypes:
         batches = [batch for batch in sweep.batch_sizes if not done(dtype_name, batch)]

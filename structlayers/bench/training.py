@@ -128,7 +128,7 @@ def _step_rows(options: argparse.Namespace, done: dict[tuple[object, ...], set[s
         n=case.batch * case.context,
         dtype=case.precision,
         layout=Layout.BATCH_FIRST.value,
-        timing="whole step between events" if device.type == "cuda" else "whole step",
+        timing=CAPTURED if device.type == "cuda" else EAGER,
         results=[],
         contender=training_step.STRUCTURED,
         target=_STEP_TARGET if case == StepCase() else None,
