@@ -61,13 +61,16 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_random_weights(run):
-    folder, out = run("model.width=64", "structure.options.blocks=4", "batch_size=[1,5]", "backend=[auto,einsum]")
+    folder, out = run(
+        "model.width=64", "structure.options.blocks=4", "batch_size=[1,5]", "backend=[auto,einsum]", "commit=abc"
+    )
     rows = read_rows(folder / "rows.jsonl")
     assert [(row.variant, row.batch, row.status) for row in rows] == [
         (variant, batch, "timed") for batch in (1, 5) for variant in ("dense", "monarch, auto", "monarch, einsum")
     ]
     assert all(row.p20_ms <= row.p50_ms <= row.p80_ms for row in rows)
     assert all(row.machine["torch"] == torch.__version__ and row.metrics == {} for row in rows)
+    assert {row.machine["commit"] for row in rows} == {"abc"}
     assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
     assert "monarch, einsum" in out and "MLP, random weights" in out
 

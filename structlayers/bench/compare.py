@@ -38,6 +38,7 @@ class Contender:
     weight_bytes: int
     resolved_backend: Callable[[Tensor], str | None] = lambda x: None
     check: Callable[[Tensor], str] = lambda x: ""  # a closer check than the output's: the reason against it, or ""
+    allocates: bool = True  # not where a call replays a graph, whose memory was allocated when it was captured
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _prepare(row: Row, case: Case, contender: Contender, reference: Tensor, cond
     moved = contender.weight_bytes + case.x.nbytes + out.nbytes
     del out
     row.flops = count_flops(_bind(contender.eager, case.x))
-    row.peak_memory_bytes, row.memory_source = peak_memory(_bind(contender.call, case.x), conditions.device)
+    if contender.allocates:
+        row.peak_memory_bytes, row.memory_source = peak_memory(_bind(contender.call, case.x), conditions.device)
     if conditions.roofline is not None:
         row.floor_ms = conditions.roofline.floor_ms(moved, row.flops)
     row.status = TIMED

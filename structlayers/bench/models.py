@@ -308,6 +308,7 @@ def _builder(make: Callable[[], nn.Module], mode: str) -> Callable[[], Contender
             weight_bytes=sum(t.nbytes for t in tensors) + sum(_frozen_bytes(layer) for layer in constant),
             resolved_backend=(lambda x: resolved_backends(model, x)) if has_structure else (lambda x: "torch"),
             check=(lambda x: check_layers(model, x)) if has_structure else (lambda x: ""),
+            allocates=mode != GRAPHED,
         )
 
     return build

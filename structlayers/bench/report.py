@@ -209,12 +209,14 @@ def latency_split(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
         for row in rows
         if row.structure == "free" and row.p50_ms is not None
     }
+    several = len({row.case for row in rows}) > 1
     found = []
     for row in rows:
         other = free.get((row.case, row.dtype, row.batch, row.compiled))
         if row.structure != "free" and other is not None and row.p50_ms is not None:
             rest = min(other, row.p50_ms)
-            found.append((f"{row.variant}, {row.dtype}, batch {row.batch}", row.p50_ms - rest, rest))
+            label = f"{row.case}: " if several else ""
+            found.append((f"{label}{row.variant}, {row.dtype}, batch {row.batch}", row.p50_ms - rest, rest))
     return found
 
 
