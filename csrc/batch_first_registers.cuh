@@ -24,6 +24,7 @@
 #include "asynchronous.cuh"
 #include "product.h"
 #include "tile.cuh"
+#include "unit_walk.cuh"
 #include "wgmma.cuh"
 
 namespace structlayers {
@@ -59,22 +60,15 @@ struct RegisterMaps {
   CUtensorMap x, w;
 };
 
-// How a launch cuts the work; register_shape (launch_registers.cuh) derives it.
-struct RegisterShape {
-  int x_slots, w_slots, unit_tiles;
-  bool resident;     // w of a unit stays; w_slots hold all of it
-  bool flat_input;   // x is fetched by features, not by blocks: logical padding
-  unsigned units;    // of a cluster
-};
-
 template <typename Tile>
-class BatchFirstRegisters {
+class BatchFirstRegisters : UnitWalk<Tile> {
+  using Walk = UnitWalk<Tile>;
+  using typename Walk::Place;
+  using Walk::place, Walk::p, Walk::s, Walk::rank, Walk::steps;
   using T = typename Tile::T;
   static constexpr int DL = Tile::DL, LW = Tile::LW, WJ = Tile::WJ, TN = Tile::TN;
 
   const RegisterMaps& maps;
-  const Product& p;
-  const RegisterShape& s;
   const uint32_t shared;
   const uint32_t w_base = shared + s.x_slots * Tile::XBytes, y_base = w_base + s.w_slots * Tile::WBytes;
   const uint32_t x_full = y_base + Tile::YBytes, x_empty = x_full + 8 * Tile::MaxSlots;
@@ -82,40 +76,6 @@ class BatchFirstRegisters {
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
   const int lane = threadIdx.x % 32, group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-  const int rank = Tile::Cluster == 1 ? 0 : static_cast<int>(cluster_rank());
-  const int steps = (p.c + Tile::XK - 1) / Tile::XK;
-  const int64_t tiles_n = (p.n + TN - 1) / TN;
-
-  struct Place {
-    int64_t n0;
-    int i, l0, j0, tiles;
-  };
-
-  // The first tile of a unit, and how many it has.
-  __device__ __forceinline__ Place place(unsigned unit) const {
-    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + DL - 1) / DL;
-    Place at;
-    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
-    unit /= tiles_j;
-    at.l0 = static_cast<int>(unit % tiles_l) * DL;
-    unit /= tiles_l;
-    at.i = static_cast<int>(unit % p.a);
-    const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
-    at.n0 = first * TN;
-    at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
-    return at;
-  }
-
-  struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int slots) {
-      if (++slot == slots) {
-        slot = 0;
-        parity ^= 1;
-      }
-    }
-  };
 
   // ---- the threads that fetch
 
@@ -499,7 +459,7 @@ class BatchFirstRegisters {
 
  public:
   __device__ BatchFirstRegisters(const RegisterMaps& tensor_maps, const Product& product, const RegisterShape& shape, uint32_t base)
-      : maps(tensor_maps), p(product), s(shape), shared(base) {}
+      : Walk(product, shape), maps(tensor_maps), shared(base) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {

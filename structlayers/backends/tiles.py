@@ -16,7 +16,8 @@ class Tile:
     """One compiled tile: ``rows`` of the batch, ``columns`` values of j and ``run`` neighbouring l a CTA.
 
     ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
-    ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x.
+    ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x,
+    ``splits_weights`` that threads fetch the weights, which then may lie anyhow.
     """
 
     name: str
@@ -28,12 +29,16 @@ class Tile:
     wgmma: bool = False
     registers: bool = False
     cluster: int = 1
+    splits_weights: bool = False
 
     def takes(self, pattern: Pattern) -> bool:
-        """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces (of 16-bit elements)."""
-        if not self.registers:
+        """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
+        if not self.registers or self.layout is Layout.BATCH_LAST:
             return True
-        return pattern.c % 8 == 0 and (pattern.d == self.run or (self.run == 16 < pattern.d and pattern.d % 8 == 0))
+        # The longest runs also serve every longer run of whole 16-byte pieces of 16 bits, or 32-byte sectors of 32 bits.
+        longest = 8 if self.splits_weights else 16
+        runs = pattern.d == self.run or (self.run == longest < pattern.d and pattern.d % 8 == 0)
+        return runs and (pattern.c * pattern.d % 4 == 0 if self.splits_weights else pattern.c % 8 == 0)
 
 
 _FIRST, _LAST = Layout.BATCH_FIRST, Layout.BATCH_LAST
@@ -70,6 +75,11 @@ TILES_32BIT = (
     Tile("run2", 3, _FIRST, 2, 64, 128),
     Tile("run4", 4, _FIRST, 4, 64, 64),
     Tile("run8", 6, _FIRST, 8, 32, 64),
+    Tile("registers1", 26, _FIRST, 1, 128, 128, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers2", 20, _FIRST, 2, 128, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers4", 21, _FIRST, 4, 64, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers8", 23, _FIRST, 8, 64, 32, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers_last", 27, _LAST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("last", 8, _LAST, 1, 128, 128),
     Tile("last_narrow", 9, _LAST, 1, 128, 64),
 )
