@@ -14,9 +14,9 @@
 //     DL = 1: its 16 bytes of x are 4 k; DL = 2: 2 k of 2 l; DL >= 4: one k of 4 l; batch-last: one k of 4 rows n
 //
 // Split: y = x_low w_high + x_high w_low + x_high w_high. The tensor core truncates where it accumulates, so the products of
-// 16 k begin at zero and are added to float32 registers. Otherwise the operands are rounded to TF32 and accumulate there.
+// 16 k begin at zero and are added to float32 registers. Otherwise there is the last product alone: TF32.
 //
-// Shared memory: x_slots * XBytes + w_slots * WBytes + YBytes + 1024 bytes.
+// Shared memory: x_slots * XBytes + w_slots * WBytes + YBytes + 1024 bytes, and RawBytes where w does not stay.
 // Source: the pattern is that of arXiv:2405.15013; that three products of split operands, promoted, are as exact as float32
 // was measured (NOTES.md); the kernel is new.
 #pragma once
@@ -29,23 +29,26 @@
 
 namespace structlayers {
 
-// LW: products that share a step of K: of so many l, or batch-last of so many times 64 rows of the batch.
-template <bool Split_, int DL_, bool Strided_, bool Last_ = false>
+// LW: products that share a step of K: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles).
+template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int LW_ = DL_ == 8 ? 4 : DL_>
 struct Float32Tile {
   using T = float;
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
   static constexpr int Cluster = 1, LGroups = DL == 8 ? 2 : 1, JGroups = DL == 4 ? 2 : 1, RowGroups = DL <= 2 ? 2 : 1;
-  static constexpr int LW = Last ? 2 : DL / LGroups, TN = 64 * RowGroups * (Last ? LW : 1), WJ = 128 / LW > 32 ? 128 / LW : 32, TJ = WJ * JGroups;
+  static constexpr int LW = LW_, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles, WJ = 128 / LW, TJ = WJ * JGroups;
   static constexpr int Consumers = 256, Threads = Consumers + 128;
   static constexpr int XK = DL <= 2 ? 32 : 16, Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN;
   static constexpr int BoxBytes = BoxRows * 128, XBytes = Boxes * BoxBytes;
   static constexpr int XWarps = Strided ? 2 : 1, XArrivals = Strided ? 32 * XWarps : 1, WArrivals = 128 - 32 * XWarps;
   static constexpr int WK = XK, WRow = WK * 4, WPart = DL * TJ * WRow, WBytes = (Split ? 2 : 1) * WPart, WSteps = 1;
+  // Weights that do not stay come by asynchronous copies, so many steps ahead of their splitting.
+  static constexpr int RawStages = 3, RawBytes = RawStages * WPart;
   // Where the warpgroups cut l, each hands half of its j to the other, so that sectors of y leave whole.
   static constexpr int YBytes = LGroups == 2 ? Consumers * 128 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 4 * MaxSlots * 8;
-  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1) && WBytes % 1024 == 0);
+  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || (DL == 1 && LW == 2)) &&
+                (DL == 1 || LW * LGroups == DL) && WBytes % 1024 == 0);
 };
 
 template <typename Tile>
@@ -58,7 +61,8 @@ class Float32Registers : UnitWalk<Tile> {
 
   const CUtensorMap& x_map;
   const uint32_t shared;
-  const uint32_t w_base = shared + s.x_slots * Tile::XBytes, y_base = w_base + s.w_slots * Tile::WBytes;
+  const uint32_t w_base = shared + s.x_slots * Tile::XBytes, raw_base = w_base + s.w_slots * Tile::WBytes;
+  const uint32_t y_base = raw_base + (s.resident ? 0 : Tile::RawBytes);
   const uint32_t x_full = y_base + Tile::YBytes, x_empty = x_full + 8 * Tile::MaxSlots;
   const uint32_t w_full = x_empty + 8 * Tile::MaxSlots, w_empty = w_full + 8 * Tile::MaxSlots;
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
@@ -162,9 +166,28 @@ class Float32Registers : UnitWalk<Tile> {
     }
   }
 
+  // What threads do to w: a thread takes pieces of 16 k of one row, always the same of every step.
+  static constexpr int KParts = Tile::WK / 16, Pieces = DL * Tile::TJ * KParts, WThreads = Tile::WArrivals;
+  static constexpr int Rounds = (Pieces + WThreads - 1) / WThreads;
+
+  __device__ __forceinline__ void write_w(const uint32_t (&v)[16], int piece, uint32_t slot) const {
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const uint32_t place = slot + swizzled<Tile::WRow / 16>(piece / KParts, piece % KParts * 4 + chunk);
+      uint32_t upper[4], lower[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t exact = v[k_at(chunk * 4 + e)];
+        upper[e] = upper_part(exact);
+        lower[e] = lower_part(exact, upper[e]);
+      }
+      store_shared_16(place, upper);
+      if constexpr (Split) store_shared_16(place + Tile::WPart, lower);
+    }
+  }
+
+  // Through registers: where w stays for several tiles, or is not made of whole 16-byte pieces.
   __device__ __forceinline__ void split_w(int thread) const {
-    constexpr int KParts = Tile::WK / 16, Pieces = DL * Tile::TJ * KParts, Threads = Tile::WArrivals;
-    constexpr int Rounds = (Pieces + Threads - 1) / Threads;
     Ring ring;
     for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
       const Place at = place(unit);
@@ -172,32 +195,14 @@ class Float32Registers : UnitWalk<Tile> {
       for (int tile = 0; tile < times; ++tile) {
 #pragma unroll 1
         for (int k0 = 0; k0 < p.c; k0 += Tile::WK) {
-          // All loads first: their latency is what this costs.
-          uint32_t v[Rounds][16];
-#pragma unroll
-          for (int round = 0; round < Rounds; ++round) {
-            const int piece = thread + round * Threads, j = piece / KParts % Tile::TJ, l = piece / KParts / Tile::TJ;
-            if (piece < Pieces) load_w(v[round], at, l, j, k0 + piece % KParts * 16);
-          }
           barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
-#pragma unroll
+#pragma unroll 2
           for (int round = 0; round < Rounds; ++round) {
-            const int piece = thread + round * Threads, row = piece / KParts;
-            if (piece >= Pieces) continue;
-            const uint32_t slot = w_base + ring.slot * Tile::WBytes;
-#pragma unroll
-            for (int chunk = 0; chunk < 4; ++chunk) {
-              const uint32_t place = slot + swizzled<Tile::WRow / 16>(row, piece % KParts * 4 + chunk);
-              uint32_t upper[4], lower[4];
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const uint32_t exact = v[round][k_at(chunk * 4 + e)];
-                upper[e] = upper_part(exact);
-                lower[e] = lower_part(exact, upper[e]);
-              }
-              store_shared_16(place, upper);
-              if constexpr (Split) store_shared_16(place + Tile::WPart, lower);
-            }
+            const int piece = thread + round * WThreads;
+            if (piece >= Pieces) break;
+            uint32_t v[16];
+            load_w(v, at, piece / KParts / Tile::TJ, piece / KParts % Tile::TJ, k0 + piece % KParts * 16);
+            write_w(v, piece, w_base + ring.slot * Tile::WBytes);
           }
           fence_shared_for_wgmma();
           barrier_arrive(w_full + 8 * ring.slot);
@@ -207,10 +212,73 @@ class Float32Registers : UnitWalk<Tile> {
     }
   }
 
+  // Where w does not stay: a thread copies its pieces RawStages - 1 steps before it splits them. Nobody else reads what it
+  // copied, so that it waits for nobody.
+  __device__ __forceinline__ void stream_w(int thread) const {
+    unsigned unit = blockIdx.x;  // of the step to copy
+    int tile = 0, k0 = 0, under_way = 0, stage = 0;
+    Place at{};
+    if (unit < s.units) at = place(unit);
+    const auto raw = [&](int of_stage, int round, int m) {
+      return raw_base + of_stage * Tile::WPart + ((round * 4 + m) * WThreads + thread) * 16;
+    };
+    const auto copy_step = [&](int to_stage) {
+      if (unit < s.units) {
+#pragma unroll
+        for (int round = 0; round < Rounds; ++round) {
+          const int piece = thread + round * WThreads, j = at.j0 + piece / KParts % Tile::TJ, l = at.l0 + piece / KParts / Tile::TJ;
+          if (piece >= Pieces) continue;
+          const int k = k0 + piece % KParts * 16, valid = l < p.d && j < p.b ? p.c - k : 0;
+          const float* source = static_cast<const float*>(p.w) + ((static_cast<int64_t>(at.i) * p.d + l) * p.b + j) * p.c + k;
+#pragma unroll
+          for (int m = 0; m < 4; ++m) copy_async_16(raw(to_stage, round, m), m * 4 < valid ? source + m * 4 : p.w, m * 4 < valid ? 16 : 0);
+        }
+        ++under_way;
+        k0 += Tile::WK;
+        if (k0 >= p.c) {
+          k0 = 0;
+          if (++tile == at.tiles) {
+            tile = 0;
+            unit += gridDim.x;
+            if (unit < s.units) at = place(unit);
+          }
+        }
+      }
+      copy_async_commit();
+    };
+    Ring ring;
+    for (int q = 0; q < Tile::RawStages - 1; ++q) copy_step(q);
+    while (true) {
+      copy_step(stage == 0 ? Tile::RawStages - 1 : stage - 1);
+      if (under_way == 0) break;
+      copy_async_wait<Tile::RawStages - 1>();
+      barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
+#pragma unroll
+      for (int round = 0; round < Rounds; ++round) {
+        const int piece = thread + round * WThreads;
+        if (piece >= Pieces) continue;
+        uint32_t v[16];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          uint32_t part[4];
+          load_shared_16(part, raw(stage, round, m));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) v[m * 4 + e] = part[e];
+        }
+        write_w(v, piece, w_base + ring.slot * Tile::WBytes);
+      }
+      fence_shared_for_wgmma();
+      barrier_arrive(w_full + 8 * ring.slot);
+      ring.advance(s.w_slots);
+      --under_way;
+      if (++stage == Tile::RawStages) stage = 0;
+    }
+  }
+
   // ---- x: shared memory to registers
 
   const int my_l = Tile::LGroups == 2 ? group * LW : 0, my_j = Tile::JGroups == 2 ? group * WJ : 0;
-  const int my_row = (Tile::RowGroups == 2 ? group * 64 : 0) + warp * 16;
+  const int my_row = (Tile::RowGroups == 2 ? group * 64 * Tile::RowTiles : 0) + warp * 16;
   // The row, of eight, of this thread's accumulators: threads that read at a time read different banks.
   static __device__ __forceinline__ int row_of(int quad) { return DL == 8 ? quad : quad % 2 * 4 + quad / 2; }
   const int row = row_of(lane / 4);
@@ -238,10 +306,10 @@ class Float32Registers : UnitWalk<Tile> {
         const uint32_t line = slot + (my_row + row + h * 8) * 128;
 #pragma unroll
         for (int m = 0; m < LW; ++m) {
-          const int box = DL <= 1 ? 0 : DL == 2 ? part : DL == 4 ? m / 2 : m;
+          const int box = DL == 2 ? part : DL == 4 ? m / 2 : DL == 8 ? m : 0, below = DL == 1 ? m * 64 * 128 : 0;
           const int chunk = DL == 1 ? part * 4 + t : DL == 2 ? m * 4 + t : DL == 4 ? m % 2 * 4 + t : 2 * t + group;
           uint32_t v[4];
-          load_shared_16(v, line + box * Tile::BoxBytes + (chunk ^ row) * 16);
+          load_shared_16(v, line + below + box * Tile::BoxBytes + (chunk ^ row) * 16);
 #pragma unroll
           for (int e = 0; e < 4; ++e) raw[h][m * 4 + e] = v[e];
         }
@@ -258,7 +326,7 @@ class Float32Registers : UnitWalk<Tile> {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int high = r / 2;
-        const int index = Tile::Last ? (q * 2 + high) * 2 + l : DL == 1 ? 2 * q + high : DL == 2 ? q * 4 + high * 2 + l : (q * 2 + high) * 4 + l;
+        const int index = Tile::Last ? (q * 2 + high) * 2 + l : DL == 1 ? l * 4 + 2 * q + high : DL == 2 ? q * 4 + high * 2 + l : (q * 2 + high) * 4 + l;
         const uint32_t exact = raw[r % 2][index];
         upper[q][r] = upper_part(exact);
         if constexpr (Split) lower[q][r] = lower_part(exact, upper[q][r]);
@@ -276,7 +344,7 @@ class Float32Registers : UnitWalk<Tile> {
 
   using Accumulators = float[LW][WJ / 8][4];
   using Partial = float[WJ / 8][4];
-  static constexpr uint64_t LStep = Tile::Last ? 0 : Tile::TJ * Tile::WRow / 16, LowStep = Tile::WPart / 16;
+  static constexpr uint64_t LStep = DL == 1 ? 0 : Tile::TJ * Tile::WRow / 16, LowStep = Tile::WPart / 16;
 
   __device__ static __forceinline__ void promote(Partial& acc, const Partial& partial) {
 #pragma unroll
@@ -290,15 +358,9 @@ class Float32Registers : UnitWalk<Tile> {
     if (lane == 0) barrier_arrive(x_empty + 8 * slot);
   }
 
-  // The products of one slot of x with one of w; all are done at the end.
-  __device__ __forceinline__ void multiply_step(Accumulators& acc, int slot, uint64_t w, bool first) const {
-    if constexpr (Split) multiply_split(acc, slot, w);
-    else multiply_rounded(acc, slot, w, first);
-  }
-
-  // While products of one batch (16 k, one l) are under way, the operands of the next are made, and the sums of the one before
-  // are promoted.
-  __device__ __forceinline__ void multiply_split(Accumulators& acc, int slot, uint64_t w) const {
+  // The products of one slot of x with one of w; all are done at the end. While those of one batch (16 k, one l) are under way,
+  // the operands of the next are made, and the sums of the one before are promoted.
+  __device__ __forceinline__ void multiply_step(Accumulators& acc, int slot, uint64_t w) const {
     constexpr int Batches = Parts * LW, Buffers = LW == 1 ? 1 : 2;
     Raw raw;
     Operands upper[2], lower[2];
@@ -320,9 +382,11 @@ class Float32Registers : UnitWalk<Tile> {
       Partial& out = partial[batch % Buffers];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        WgmmaRegisters<float, WJ>::multiply(out, lower[batch % 2][q], b + 2 * q, q == 0);
-        WgmmaRegisters<float, WJ>::multiply(out, upper[batch % 2][q], b + LowStep + 2 * q, false);
-        WgmmaRegisters<float, WJ>::multiply(out, upper[batch % 2][q], b + 2 * q, false);
+        if constexpr (Split) {
+          WgmmaRegisters<float, WJ>::multiply(out, lower[batch % 2][q], b + 2 * q, q == 0);
+          WgmmaRegisters<float, WJ>::multiply(out, upper[batch % 2][q], b + LowStep + 2 * q, false);
+        }
+        WgmmaRegisters<float, WJ>::multiply(out, upper[batch % 2][q], b + 2 * q, !Split && q == 0);
       }
       wgmma_commit();
       if constexpr (Buffers == 2) {
@@ -336,28 +400,6 @@ class Float32Registers : UnitWalk<Tile> {
     promote(acc[LW - 1], partial[(Batches - 1) % Buffers]);
   }
 
-  __device__ __forceinline__ void multiply_rounded(Accumulators& acc, int slot, uint64_t w, bool first) const {
-#pragma unroll
-    for (int part = 0; part < Parts; ++part) {
-      Raw raw;
-      Operands upper[LW], none;
-      load_x(raw, shared + slot * Tile::XBytes, part);
-      wgmma_wait();  // the products before are done with their operands
-#pragma unroll
-      for (int l = 0; l < LW; ++l) split_x(upper[l], none, raw, l);
-      if (part == Parts - 1) release_x(slot);
-      wgmma_fence();
-#pragma unroll
-      for (int l = 0; l < LW; ++l)
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          WgmmaRegisters<float, WJ>::multiply(acc[l], upper[l][q], w + (my_l + l) * LStep + part * 4 + 2 * q, first && part == 0 && q == 0);
-        }
-      wgmma_commit();
-    }
-    wgmma_wait();
-  }
-
   __device__ __forceinline__ void multiply() const {
     Ring x, w;
     for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
@@ -365,19 +407,17 @@ class Float32Registers : UnitWalk<Tile> {
       for (int tile = 0; tile < at.tiles; ++tile, at.n0 += TN) {
         const bool loads = !s.resident || tile == 0, last_use = !s.resident || tile == at.tiles - 1;
         Accumulators acc;
-        if constexpr (Split) {
 #pragma unroll
-          for (int l = 0; l < LW; ++l)
+        for (int l = 0; l < LW; ++l)
 #pragma unroll
-            for (int g = 0; g < WJ / 8; ++g)
+          for (int g = 0; g < WJ / 8; ++g)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) acc[l][g][e] = 0.f;
-        }
+            for (int e = 0; e < 4; ++e) acc[l][g][e] = 0.f;
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
           if (loads) barrier_wait(w_full + 8 * w.slot, w.parity);
           barrier_wait(x_full + 8 * x.slot, x.parity);
-          multiply_step(acc, x.slot, wgmma_descriptor<Tile::WRow>(w_base + w.slot * Tile::WBytes + my_j * Tile::WRow), step == 0);
+          multiply_step(acc, x.slot, wgmma_descriptor<Tile::WRow>(w_base + w.slot * Tile::WBytes + my_j * Tile::WRow));
           if (last_use && lane == 0) barrier_arrive(w_empty + 8 * w.slot);
           x.advance(s.x_slots);
           w.advance(s.w_slots);
@@ -392,7 +432,7 @@ class Float32Registers : UnitWalk<Tile> {
   // ---- y
 
   // Values of y that a thread writes: LE values of l, G groups of 8 columns.
-  static constexpr int LE = Tile::Last ? LW : DL, G = Tile::LGroups == 2 ? WJ / 16 : WJ / 8;
+  static constexpr int LE = DL, G = Tile::LGroups == 2 ? WJ / 16 : WJ / 8;
   using Finished = float[LE][G][4];
 
   __device__ __forceinline__ void finish(Accumulators& acc, const Place& at) const {
@@ -402,6 +442,9 @@ class Float32Registers : UnitWalk<Tile> {
       Finished z;
       exchange(z, acc);
       write_y(z, at, my_j + group * G * 8);
+    } else if constexpr (DL == 1) {
+#pragma unroll
+      for (int m = 0; m < LW; ++m) write_y(reinterpret_cast<Finished&>(acc[m]), at, my_j, m * 64);
     } else {
       write_y(acc, at, my_j);
     }
@@ -438,7 +481,7 @@ class Float32Registers : UnitWalk<Tile> {
       }
   }
 
-  __device__ __forceinline__ void write_y(Finished& z, const Place& at, int column0) const {
+  __device__ __forceinline__ void write_y(Finished& z, const Place& at, int column0, int row0 = 0) const {
     const int t = lane % 4, j0 = at.j0 + column0;
     const int64_t d = p.d, feature0 = (static_cast<int64_t>(at.i) * p.b + j0) * d + at.l0;  // of column 0, l 0
     if (p.bias != nullptr) {
@@ -465,10 +508,10 @@ class Float32Registers : UnitWalk<Tile> {
 #pragma unroll
           for (int e = 0; e < 4; ++e) z[l][g][e] = activate(z[l][g][e], p.activation);
     }
-    const int64_t n0 = at.n0 + my_row + row;
+    const int64_t n0 = at.n0 + my_row + row0 + row;
     float* destination = static_cast<float*>(p.y) + n0 * p.y_stride + feature0;
     // All of this warp's rows and columns exist: one path for the whole warp.
-    const bool whole = p.y_aligned && at.n0 + my_row + 16 <= p.n && j0 + G * 8 <= p.b &&
+    const bool whole = p.y_aligned && at.n0 + my_row + row0 + 16 <= p.n && j0 + G * 8 <= p.b &&
                        feature0 + (G * 8 - 1) * d + LE <= p.out_features;
     if (whole) {
 #pragma unroll
@@ -583,7 +626,9 @@ class Float32Registers : UnitWalk<Tile> {
     if (group == 2) {
       keep_registers<88>();
       if (warp >= Tile::XWarps) {
-        split_w(threadIdx.x % 128 - 32 * Tile::XWarps);
+        const int thread = threadIdx.x % 128 - 32 * Tile::XWarps;
+        if (s.resident || !p.w_aligned) split_w(thread);
+        else stream_w(thread);
       } else if constexpr (Tile::Strided) {
         copy_x(warp);
       } else {

@@ -21,6 +21,13 @@ constexpr bool takes_batch_last() {
   else return false;
 }
 
+// Shared memory for weights that do not stay, before they are split.
+template <typename Tile>
+constexpr int raw_bytes() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::RawBytes;
+  else return 0;
+}
+
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
 template <typename Tile>
 bool register_shape(const Product& p, int clusters, RegisterShape& s) {
@@ -43,9 +50,9 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
   s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + LeastXBytes <= room;
   // As many values of k of x as of w.
-  const int balanced = room / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
+  const int left = room - (s.resident ? 0 : raw_bytes<Tile>()), balanced = left / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
   s.w_slots = s.resident ? w_steps : std::clamp(balanced, 2, Tile::MaxSlots);
-  s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
+  s.x_slots = std::min((left - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
   // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
   const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL - 1) / Tile::DL) *
                                    ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));

@@ -76,8 +76,8 @@ def test_a_tuned_tile_decides_where_it_exists():
 
 
 def test_the_copy_engine_is_given_whole_pieces():
-    def names(b: int, c: int, d: int) -> set[str]:
-        problem = Problem(Pattern(2, b, c, d), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+    def names(b: int, c: int, d: int, dtype: torch.dtype = torch.float16) -> set[str]:
+        problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
         return {tile.name for tile in tiles_for(problem) if tile.registers}
 
     assert names(64, 64, 4) == {"registers4", "registers4_wide"}
@@ -85,6 +85,12 @@ def test_the_copy_engine_is_given_whole_pieces():
     assert names(64, 64, 16) == names(64, 64, 24) == {"registers16", "registers16_pair"}
     for b, c, d in ((64, 61, 4), (64, 64, 3), (64, 64, 12), (64, 64, 20), (64, 64, 1)):
         assert not names(b, c, d)
+    # float32: pieces of four, of x alone.
+    assert names(61, 61, 4, torch.float32) == {"registers4"}
+    assert names(64, 64, 8, torch.float32) == names(61, 61, 24, torch.float32) == {"registers8"}
+    assert names(61, 60, 1, torch.float32) == {"registers1", "registers1_narrow"}
+    for b, c, d in ((64, 61, 1), (64, 61, 2), (64, 64, 3), (64, 64, 12)):
+        assert not names(b, c, d, torch.float32)
 
 
 @pytest.mark.parametrize("table", [TILES_16BIT, TILES_32BIT], ids=["16bit", "32bit"])
