@@ -81,7 +81,7 @@ template <typename T, bool Split, int NT, bool Direct>
 class SmallBatch {
   static constexpr int Size = sizeof(T), E = 16 / Size, Chunk = 4 * E, TN = 8 * NT;
   // Chunks of the weights that a warp has on their way at once.
-  static constexpr int Ahead = Direct ? 8 : 4;
+  static constexpr int Ahead = 4;
   using Bits = std::conditional_t<Size == 4, uint32_t, uint16_t>;
 
   const Product& p;
@@ -131,9 +131,18 @@ class SmallBatch {
         }
       }
       while (k < end) {
+        // All of them before the first product: each of them comes from the L2.
+        uint32_t x[Direct ? Ahead : 1][NT][4];
+        if constexpr (Direct) {
+#pragma unroll
+          for (int u = 0; u < Ahead; ++u) {
+#pragma unroll
+            for (int q = 0; q < NT; ++q) load_input(x[u][q], 8 * q + g, k + u * apart + t * E);
+          }
+        }
 #pragma unroll
         for (int u = 0; u < Ahead; ++u) {
-          if (k + u * apart < end) multiply_chunk(acc, w[u], k + u * apart, k0);
+          if (k + u * apart < end) multiply_chunk(acc, w[u], x[Direct ? u : 0], k + u * apart - k0);
         }
         k += Ahead * apart;
         load_weights(w, weights, valid_rows, k, end);
@@ -177,7 +186,8 @@ class SmallBatch {
         const uint4 v = load_weight_elements(weights + static_cast<int64_t>(8 * r) * p.c + k, valid);
         w[r][0] = v.x, w[r][1] = v.y, w[r][2] = v.z, w[r][3] = v.w;
       }
-      multiply_chunk(acc, w, k, k0);
+      const uint32_t none[NT][4] = {};
+      multiply_chunk(acc, w, none, k - k0);
     }
   }
 
@@ -192,7 +202,9 @@ class SmallBatch {
     return make_uint4(v[0], v[1], v[2], v[3]);
   }
 
-  __device__ __forceinline__ void multiply_chunk(float (&acc)[NT][4], const uint32_t (&w)[2][4], int k, int k0) const {
+  // `k` counts from the beginning of the step.
+  __device__ __forceinline__ void multiply_chunk(float (&acc)[NT][4], const uint32_t (&w)[2][4], const uint32_t (&x)[NT][4],
+                                                 int k) const {
     Operand<T, Split> a[2], b[NT];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -203,9 +215,10 @@ class SmallBatch {
 #pragma unroll
     for (int q = 0; q < NT; ++q) {
       if constexpr (Direct) {
-        load_input(b[q].v, 8 * q + g, k + t * E);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) b[q].v[m] = x[q][m];
       } else {
-        load_shared_16(b[q].v, shared + (warp_l * TN + 8 * q + g) * cut.x_pitch + (k - k0) * Size + t * 16);
+        load_shared_16(b[q].v, shared + (warp_l * TN + 8 * q + g) * cut.x_pitch + k * Size + t * 16);
       }
     }
 #pragma unroll
@@ -338,21 +351,37 @@ class SmallBatch {
     }
     __syncthreads();
     const int outputs = rows << (cut.run_log + tj_log);
-    for (int index = threadIdx.x; index < outputs; index += blockDim.x) {
-      const int row = cut.batch_last ? index % rows : index >> (cut.run_log + tj_log);
-      const int rest = cut.batch_last ? index / rows : index;
-      const int dl = rest & (run - 1), dj = rest >> cut.run_log & ((1 << tj_log) - 1);
-      const int l = l0 + dl, j = j0 + dj;
-      const int64_t feature = (static_cast<int64_t>(i) * p.b + j) * p.d + l;
-      if (l >= p.d || j >= p.b || feature >= p.out_features) continue;
-      uint32_t source = shared + 4 * (dl * cut.l_pitch + row * j_pitch + dj);
-      float sum = p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[feature]) : 0.f;
-      for (int part = 0; part < cut.warps_k; ++part) {
-        sum += __uint_as_float(load_shared_4(source));
-        source += 4 * run * cut.l_pitch;
+    // Several at a time, so that a thread waits for shared memory less often.
+    constexpr int Batch = 4;
+    for (int first = threadIdx.x; first < outputs; first += Batch * blockDim.x) {
+      float sum[Batch];
+      uint32_t source[Batch];
+      int64_t row[Batch], feature[Batch];
+      bool inside[Batch];
+#pragma unroll
+      for (int u = 0; u < Batch; ++u) {
+        const int index = first + u * blockDim.x;
+        const int r = cut.batch_last ? index % rows : index >> (cut.run_log + tj_log);
+        const int rest = cut.batch_last ? index / rows : index;
+        const int dl = rest & (run - 1), dj = rest >> cut.run_log & ((1 << tj_log) - 1);
+        const int l = l0 + dl, j = j0 + dj;
+        row[u] = n0 + r;
+        feature[u] = (static_cast<int64_t>(i) * p.b + j) * p.d + l;
+        inside[u] = index < outputs && l < p.d && j < p.b && feature[u] < p.out_features;
+        source[u] = inside[u] ? shared + 4 * (dl * cut.l_pitch + r * j_pitch + dj) : shared;
+        sum[u] = inside[u] && p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[feature[u]]) : 0.f;
       }
-      if (p.activation != kNone) sum = activate(sum, p.activation);
-      static_cast<T*>(p.y)[(n0 + row) * cut.y_n + feature * cut.y_feature] = from_float<T>(sum);
+#pragma unroll 1
+      for (int part = 0; part < cut.warps_k; ++part) {
+#pragma unroll
+        for (int u = 0; u < Batch; ++u) sum[u] += __uint_as_float(load_shared_4(source[u] + 4 * part * run * cut.l_pitch));
+      }
+#pragma unroll
+      for (int u = 0; u < Batch; ++u) {
+        if (!inside[u]) continue;
+        if (p.activation != kNone) sum[u] = activate(sum[u], p.activation);
+        static_cast<T*>(p.y)[row[u] * cut.y_n + feature[u] * cut.y_feature] = from_float<T>(sum[u]);
+      }
     }
   }
 };
