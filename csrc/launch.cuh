@@ -9,6 +9,7 @@
 #include "batch_last.cuh"
 #include "device.h"
 #include "launch_registers.cuh"
+#include "small_batch.h"
 #include "small_blocks.cuh"
 #include "tiles.h"
 
@@ -98,8 +99,8 @@ template <typename T>
 cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
   switch (tile) {
     case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kSmallBatch: return launch_small_batch<T, false>(p, batch_last, stream);
     case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 4, 2, 64, 64, 128, 3, 1>>(p, stream);
-    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
     case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, false, 2, 2, 2, 4, 64, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 1, 4, 64, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst4Tall: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 2, 2, 64, 32, 64, 3, 1>>(p, stream);
@@ -134,8 +135,8 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
   using T = float;
   switch (tile) {
     case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kSmallBatch: return launch_small_batch<T, Split>(p, batch_last, stream);
     case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
-    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
     case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);

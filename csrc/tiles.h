@@ -11,7 +11,6 @@ namespace structlayers {
 enum TileId : int {
   kSmallBlocks = 0,
   kBatchFirst1 = 1,       // DL = 1: d = 1, or scattered reads
-  kBatchFirst1Short = 2,  // DL = 1, few rows
   kBatchFirst2 = 3,
   kBatchFirst4 = 4,       // DL = 4, wide in j
   kBatchFirst4Tall = 5,   // DL = 4, wide in n
@@ -34,6 +33,7 @@ enum TileId : int {
   kRegisters8 = 23,
   kRegisters16 = 24,
   kRegisters16Pair = 25,  // clusters of two CTAs, which share x
+  kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 
 // Launches on `stream` on the current device. Returns an error of the launch; cudaErrorInvalidValue for an unknown tile.

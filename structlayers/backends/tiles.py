@@ -45,10 +45,11 @@ _FIRST, _LAST = Layout.BATCH_FIRST, Layout.BATCH_LAST
 SMALL_BLOCKS = "small_blocks"
 # The largest c that the small-block kernel takes.
 SMALL_BLOCK = 16
+# The kernel of small batches takes any batch, but every 64 rows read all weights again.
+SMALL_BATCH, SMALL_BATCH_ROWS = "small_batch", 64
 
 TILES_16BIT = (
     Tile("run1", 1, _FIRST, 1, 256, 128),
-    Tile("run1_short", 2, _FIRST, 1, 16, 128),
     Tile("run2", 3, _FIRST, 2, 128, 128),
     Tile("run4", 4, _FIRST, 4, 64, 128),
     Tile("run4_tall", 5, _FIRST, 4, 128, 64),
@@ -71,7 +72,6 @@ TILES_16BIT = (
 )
 TILES_32BIT = (
     Tile("run1", 1, _FIRST, 1, 128, 128),
-    Tile("run1_short", 2, _FIRST, 1, 16, 128),
     Tile("run2", 3, _FIRST, 2, 64, 128),
     Tile("run4", 4, _FIRST, 4, 64, 64),
     Tile("run8", 6, _FIRST, 8, 32, 64),
@@ -91,7 +91,7 @@ HOPPER = (9, 0)
 
 
 def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
-    """The tiles that can run ``problem``: any tile of its layout, and the small-block kernel where c is small.
+    """The tiles that can run ``problem``: any tile of its layout, and the kernels of small blocks and small batches.
 
     ``wgmma=False`` leaves out what the compiled kernels do not hold.
     """
@@ -104,6 +104,8 @@ def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     ]
     if problem.pattern.c <= SMALL_BLOCK:
         tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
+    if problem.n <= SMALL_BATCH_ROWS:
+        tiles.append(Tile(SMALL_BATCH, 40, problem.layout, 1, SMALL_BATCH_ROWS, 16))
     return tiles
 
 
@@ -116,12 +118,12 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         return tiles[tuned]
     if SMALL_BLOCKS in tiles and (b < 8 or c < 8):
         return tiles[SMALL_BLOCKS]
+    if SMALL_BATCH in tiles:
+        return tiles[SMALL_BATCH]
     if problem.layout is Layout.BATCH_LAST:
-        if "registers_last" in tiles and problem.n > 64:
+        if "registers_last" in tiles:
             return tiles["registers_last"]
         return tiles["last_narrow" if b <= 64 else "last"]
-    if problem.n <= 64:
-        return tiles["run1_short"]
     registers = _registers_tile_float32(b, d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
     if registers in tiles:
         return tiles[registers]
