@@ -11,7 +11,7 @@
 //   x in shared memory: boxes of 128 bytes of every row, [k][l] as it lies, 16-byte pieces swizzled by the row
 //   batch-last: one l; boxes of 32 n of every k, [k][n] as it lies, swizzled likewise
 //   w in shared memory: [l][j][k], upper parts, then lower parts; k in the order in which a thread of a warpgroup holds it:
-//     DL = 1: its 16 bytes of x are 4 k; DL = 2: 2 k of 2 l; DL >= 4: one k of 4 l; batch-last: one k of 4 rows n
+//     DL = 1: its 16 bytes of x are 4 k (of each of two rows); DL = 2: 2 k of 2 l; DL >= 4: one k of 4 l; batch-last: one k of 4 rows n
 //
 // Split: y = x_low w_high + x_high w_low + x_high w_high. The tensor core truncates where it accumulates, so the products of
 // 16 k begin at zero and are added to float32 registers. Otherwise there is the last product alone: TF32.
@@ -30,13 +30,13 @@
 namespace structlayers {
 
 // LW: products that share a step of K: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles).
-template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int LW_ = DL_ == 8 ? 4 : DL_>
+template <bool Split_, int DL_, bool Strided_, bool Last_ = false>
 struct Float32Tile {
   using T = float;
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
   static constexpr int Cluster = 1, LGroups = DL == 8 ? 2 : 1, JGroups = DL == 4 ? 2 : 1, RowGroups = DL <= 2 ? 2 : 1;
-  static constexpr int LW = LW_, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles, WJ = 128 / LW, TJ = WJ * JGroups;
+  static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles, WJ = DL == 4 || DL == 8 ? 32 : 64, TJ = WJ * JGroups;
   static constexpr int Consumers = 256, Threads = Consumers + 128;
   static constexpr int XK = DL <= 2 ? 32 : 16, Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN;
   static constexpr int BoxBytes = BoxRows * 128, XBytes = Boxes * BoxBytes;
@@ -47,8 +47,7 @@ struct Float32Tile {
   // Where the warpgroups cut l, each hands half of its j to the other, so that sectors of y leave whole.
   static constexpr int YBytes = LGroups == 2 ? Consumers * 128 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 4 * MaxSlots * 8;
-  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || (DL == 1 && LW == 2)) &&
-                (DL == 1 || LW * LGroups == DL) && WBytes % 1024 == 0);
+  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1) && WBytes % 1024 == 0);
 };
 
 template <typename Tile>
@@ -219,9 +218,8 @@ class Float32Registers : UnitWalk<Tile> {
     int tile = 0, k0 = 0, under_way = 0, stage = 0;
     Place at{};
     if (unit < s.units) at = place(unit);
-    const auto raw = [&](int of_stage, int round, int m) {
-      return raw_base + of_stage * Tile::WPart + ((round * 4 + m) * WThreads + thread) * 16;
-    };
+    static_assert(Pieces * 64 == Tile::WPart);
+    const auto raw = [&](int of_stage, int piece, int m) { return raw_base + of_stage * Tile::WPart + (m * Pieces + piece) * 16; };
     const auto copy_step = [&](int to_stage) {
       if (unit < s.units) {
 #pragma unroll
@@ -231,7 +229,7 @@ class Float32Registers : UnitWalk<Tile> {
           const int k = k0 + piece % KParts * 16, valid = l < p.d && j < p.b ? p.c - k : 0;
           const float* source = static_cast<const float*>(p.w) + ((static_cast<int64_t>(at.i) * p.d + l) * p.b + j) * p.c + k;
 #pragma unroll
-          for (int m = 0; m < 4; ++m) copy_async_16(raw(to_stage, round, m), m * 4 < valid ? source + m * 4 : p.w, m * 4 < valid ? 16 : 0);
+          for (int m = 0; m < 4; ++m) copy_async_16(raw(to_stage, piece, m), m * 4 < valid ? source + m * 4 : p.w, m * 4 < valid ? 16 : 0);
         }
         ++under_way;
         k0 += Tile::WK;
@@ -261,7 +259,7 @@ class Float32Registers : UnitWalk<Tile> {
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           uint32_t part[4];
-          load_shared_16(part, raw(stage, round, m));
+          load_shared_16(part, raw(stage, piece, m));
 #pragma unroll
           for (int e = 0; e < 4; ++e) v[m * 4 + e] = part[e];
         }
@@ -361,25 +359,19 @@ class Float32Registers : UnitWalk<Tile> {
   // The products of one slot of x with one of w; all are done at the end. While those of one batch (16 k, one l) are under way,
   // the operands of the next are made, and the sums of the one before are promoted.
   __device__ __forceinline__ void multiply_step(Accumulators& acc, int slot, uint64_t w) const {
-    constexpr int Batches = Parts * LW, Buffers = LW == 1 ? 1 : 2;
+    constexpr int Batches = Parts * LW;
     Raw raw;
     Operands upper[2], lower[2];
-    Partial partial[Buffers];
+    Partial partial[2];
 #pragma unroll
     for (int batch = 0; batch < Batches; ++batch) {
       const int part = batch / LW, l = batch % LW;
       if (l == 0) load_x(raw, shared + slot * Tile::XBytes, part);
       split_x(upper[batch % 2], lower[batch % 2], raw, l);
       if (batch == Batches - 1) release_x(slot);
-      if constexpr (Buffers == 1) {
-        if (batch > 0) {
-          wgmma_wait();
-          promote(acc[l], partial[0]);
-        }
-      }
       wgmma_fence();
       const uint64_t b = w + (my_l + l) * LStep + part * 4;
-      Partial& out = partial[batch % Buffers];
+      Partial& out = partial[batch % 2];
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         if constexpr (Split) {
@@ -389,15 +381,13 @@ class Float32Registers : UnitWalk<Tile> {
         WgmmaRegisters<float, WJ>::multiply(out, upper[batch % 2][q], b + 2 * q, !Split && q == 0);
       }
       wgmma_commit();
-      if constexpr (Buffers == 2) {
-        if (batch > 0) {
-          wgmma_wait<1>();
-          promote(acc[(batch - 1) % LW], partial[(batch - 1) % 2]);
-        }
+      if (batch > 0) {
+        wgmma_wait<1>();
+        promote(acc[(batch - 1) % LW], partial[(batch - 1) % 2]);
       }
     }
     wgmma_wait();
-    promote(acc[LW - 1], partial[(Batches - 1) % Buffers]);
+    promote(acc[LW - 1], partial[(Batches - 1) % 2]);
   }
 
   __device__ __forceinline__ void multiply() const {

@@ -141,8 +141,6 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kRegisters1: return launch_registers_or<Float32Tile<Split, 1, false>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
-    case kRegisters1Narrow:
-      return launch_registers_or<Float32Tile<Split, 1, false, false, 2>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
     case kRegisters2: return launch_registers_or<Float32Tile<Split, 2, false>, BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
     case kRegisters4: return launch_registers_or<Float32Tile<Split, 4, false>, BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kRegisters8: {
@@ -150,7 +148,7 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
       if (p.d == 8) return launch_registers_or<Float32Tile<Split, 8, false>, Other>(p, stream);
       return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
     }
-    case kRegistersLast: return launch_registers_or<Float32Tile<Split, 1, false, true, 2>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
+    case kRegistersLast: return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 32, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

@@ -24,8 +24,7 @@ enum TileId : int {
   kHopper8 = 13,
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
-  kRegisters1 = 26,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name; this one float32 alone
-  kRegisters1Narrow = 28,  // 256 rows, 64 values of j
+  kRegisters1 = 26,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name; this one float32 alone, 256 rows, 64 values of j
   kRegistersLast = 27,    // the same batch-last
   kRegisters2 = 20,
   kRegisters4 = 21,       // 128 rows, 64 values of j; float32: 64 rows, 64 values

@@ -75,8 +75,7 @@ TILES_32BIT = (
     Tile("run2", 3, _FIRST, 2, 64, 128),
     Tile("run4", 4, _FIRST, 4, 64, 64),
     Tile("run8", 6, _FIRST, 8, 32, 64),
-    Tile("registers1", 26, _FIRST, 1, 128, 128, wgmma=True, registers=True, splits_weights=True),
-    Tile("registers1_narrow", 28, _FIRST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers1", 26, _FIRST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers2", 20, _FIRST, 2, 128, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers4", 21, _FIRST, 4, 64, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers8", 23, _FIRST, 8, 64, 32, wgmma=True, registers=True, splits_weights=True),
@@ -124,7 +123,7 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         if "registers_last" in tiles:
             return tiles["registers_last"]
         return tiles["last_narrow" if b <= 64 else "last"]
-    registers = _registers_tile_float32(b, d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
+    registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
     if registers in tiles:
         return tiles[registers]
     if "wgmma1" in tiles:
@@ -140,11 +139,9 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
 
 
-def _registers_tile_float32(b: int, d: int) -> str:
+def _registers_tile_float32(d: int) -> str:
     """The same of float32; whether it takes the pattern is another question."""
-    if d == 1:
-        return "registers1_narrow" if 0 < b % 128 <= 64 else "registers1"
-    return f"registers{d}" if d in (2, 4) else "registers8"
+    return f"registers{d}" if d in (1, 2, 4) else "registers8"
 
 
 def _registers_tile(b: int, c: int, d: int) -> str | None:
