@@ -271,7 +271,6 @@ class BatchFirstRegisters : UnitWalk<Tile> {
   }
 
   // A part of the accumulators to shared memory, [n][j][l].
-  template <bool Activated>
   __device__ __forceinline__ void stage_y(const Accumulators& acc, const Place& at, int part) const {
     constexpr int Parts = Tile::YColumns / 8, Together = LW == 8 ? 8 : 2 * LW;
     const int t = lane % 4;
@@ -301,12 +300,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
           for (int l = 0; l < LW; l += 2) {
-            float z0 = acc[l][g][2 * h + e] + bias[e][l], z1 = acc[l + 1][g][2 * h + e] + bias[e][l + 1];
-            if constexpr (Activated) {
-              z0 = activate(z0, p.activation);
-              z1 = activate(z1, p.activation);
-            }
-            v[e][l / 2] = pack_two<T>(z0, z1);
+            v[e][l / 2] = pack_two<T>(acc[l][g][2 * h + e] + bias[e][l], acc[l + 1][g][2 * h + e] + bias[e][l + 1]);
           }
         }
         const uint32_t place = y_area() + (h * 8 + row) * Tile::YPitch;
@@ -345,6 +339,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
       for (int r = 0; r < 16; r += RowStep) {
         uint32_t v[4];
         load_shared_16(v, source + r * Tile::YPitch);
+        if (p.activation != kNone) activate_piece<T>(v, p.activation);
         store_global_16(destination, v);
         destination += RowStep * p.y_stride;
       }
@@ -361,6 +356,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
     for (int r = 0; r < 16 && n + r < p.n; r += RowStep) {
       uint32_t v[4];
       load_shared_16(v, source + r * Tile::YPitch);
+      if (p.activation != kNone) activate_piece<T>(v, p.activation);
       if (valid == 8 && p.y_aligned) {
         store_global_16(destination, v);
       } else {
@@ -383,8 +379,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
 #pragma unroll
     for (int part = 0; part < Tile::YParts; ++part) {
       sync_y();  // the part before has left
-      if (p.activation == kNone) stage_y<false>(acc, at, part);
-      else stage_y<true>(acc, at, part);
+      stage_y(acc, at, part);
       sync_y();
       write_y(at, part);
     }

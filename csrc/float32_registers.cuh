@@ -211,8 +211,8 @@ class Float32Registers : UnitWalk<Tile> {
     }
   }
 
-  // Where w does not stay: a thread copies its pieces RawStages - 1 steps before it splits them. Nobody else reads what it
-  // copied, so that it waits for nobody.
+  // Where w does not stay: these threads copy it RawStages - 1 steps before they split it. Four lanes copy the 64 bytes of a
+  // piece, so that a warp reads whole sectors; one of them splits it.
   __device__ __forceinline__ void stream_w(int thread) const {
     unsigned unit = blockIdx.x;  // of the step to copy
     int tile = 0, k0 = 0, under_way = 0, stage = 0;
@@ -222,14 +222,13 @@ class Float32Registers : UnitWalk<Tile> {
     const auto raw = [&](int of_stage, int piece, int m) { return raw_base + of_stage * Tile::WPart + (m * Pieces + piece) * 16; };
     const auto copy_step = [&](int to_stage) {
       if (unit < s.units) {
-#pragma unroll
-        for (int round = 0; round < Rounds; ++round) {
-          const int piece = thread + round * WThreads, j = at.j0 + piece / KParts % Tile::TJ, l = at.l0 + piece / KParts / Tile::TJ;
-          if (piece >= Pieces) continue;
-          const int k = k0 + piece % KParts * 16, valid = l < p.d && j < p.b ? p.c - k : 0;
-          const float* source = static_cast<const float*>(p.w) + ((static_cast<int64_t>(at.i) * p.d + l) * p.b + j) * p.c + k;
-#pragma unroll
-          for (int m = 0; m < 4; ++m) copy_async_16(raw(to_stage, piece, m), m * 4 < valid ? source + m * 4 : p.w, m * 4 < valid ? 16 : 0);
+#pragma unroll 4
+        for (int quarter = thread; quarter < Pieces * 4; quarter += WThreads) {
+          const int piece = quarter / 4, m = quarter % 4, j = at.j0 + piece / KParts % Tile::TJ, l = at.l0 + piece / KParts / Tile::TJ;
+          const int k = k0 + piece % KParts * 16 + m * 4;
+          const bool inside = l < p.d && j < p.b && k < p.c;
+          const int64_t element = ((static_cast<int64_t>(at.i) * p.d + l) * p.b + j) * p.c + k;
+          copy_async_16(raw(to_stage, piece, m), static_cast<const float*>(p.w) + (inside ? element : 0), inside ? 16 : 0);
         }
         ++under_way;
         k0 += Tile::WK;
@@ -247,9 +246,11 @@ class Float32Registers : UnitWalk<Tile> {
     Ring ring;
     for (int q = 0; q < Tile::RawStages - 1; ++q) copy_step(q);
     while (true) {
-      copy_step(stage == 0 ? Tile::RawStages - 1 : stage - 1);
       if (under_way == 0) break;
-      copy_async_wait<Tile::RawStages - 1>();
+      copy_async_wait<Tile::RawStages - 2>();
+      // Everybody's copies of this step are there, and the stage of the step before has been read.
+      sync_threads(2, WThreads);
+      copy_step(stage == 0 ? Tile::RawStages - 1 : stage - 1);
       barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
 #pragma unroll
       for (int round = 0; round < Rounds; ++round) {
