@@ -24,6 +24,7 @@
 #include "asynchronous.cuh"
 #include "product.h"
 #include "tile.cuh"
+#include "unit_walk.cuh"
 #include "wgmma.cuh"
 
 namespace structlayers {
@@ -59,22 +60,15 @@ struct RegisterMaps {
   CUtensorMap x, w;
 };
 
-// How a launch cuts the work; register_shape (launch_registers.cuh) derives it.
-struct RegisterShape {
-  int x_slots, w_slots, unit_tiles;
-  bool resident;     // w of a unit stays; w_slots hold all of it
-  bool flat_input;   // x is fetched by features, not by blocks: logical padding
-  unsigned units;    // of a cluster
-};
-
 template <typename Tile>
-class BatchFirstRegisters {
+class BatchFirstRegisters : UnitWalk<Tile> {
+  using Walk = UnitWalk<Tile>;
+  using typename Walk::Place;
+  using Walk::place, Walk::p, Walk::s, Walk::rank, Walk::steps;
   using T = typename Tile::T;
   static constexpr int DL = Tile::DL, LW = Tile::LW, WJ = Tile::WJ, TN = Tile::TN;
 
   const RegisterMaps& maps;
-  const Product& p;
-  const RegisterShape& s;
   const uint32_t shared;
   const uint32_t w_base = shared + s.x_slots * Tile::XBytes, y_base = w_base + s.w_slots * Tile::WBytes;
   const uint32_t x_full = y_base + Tile::YBytes, x_empty = x_full + 8 * Tile::MaxSlots;
@@ -82,40 +76,6 @@ class BatchFirstRegisters {
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
   const int lane = threadIdx.x % 32, group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-  const int rank = Tile::Cluster == 1 ? 0 : static_cast<int>(cluster_rank());
-  const int steps = (p.c + Tile::XK - 1) / Tile::XK;
-  const int64_t tiles_n = (p.n + TN - 1) / TN;
-
-  struct Place {
-    int64_t n0;
-    int i, l0, j0, tiles;
-  };
-
-  // The first tile of a unit, and how many it has.
-  __device__ __forceinline__ Place place(unsigned unit) const {
-    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + DL - 1) / DL;
-    Place at;
-    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
-    unit /= tiles_j;
-    at.l0 = static_cast<int>(unit % tiles_l) * DL;
-    unit /= tiles_l;
-    at.i = static_cast<int>(unit % p.a);
-    const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
-    at.n0 = first * TN;
-    at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
-    return at;
-  }
-
-  struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int slots) {
-      if (++slot == slots) {
-        slot = 0;
-        parity ^= 1;
-      }
-    }
-  };
 
   // ---- the threads that fetch
 
@@ -311,7 +271,6 @@ class BatchFirstRegisters {
   }
 
   // A part of the accumulators to shared memory, [n][j][l].
-  template <bool Activated>
   __device__ __forceinline__ void stage_y(const Accumulators& acc, const Place& at, int part) const {
     constexpr int Parts = Tile::YColumns / 8, Together = LW == 8 ? 8 : 2 * LW;
     const int t = lane % 4;
@@ -341,12 +300,7 @@ class BatchFirstRegisters {
         for (int e = 0; e < 2; ++e) {
 #pragma unroll
           for (int l = 0; l < LW; l += 2) {
-            float z0 = acc[l][g][2 * h + e] + bias[e][l], z1 = acc[l + 1][g][2 * h + e] + bias[e][l + 1];
-            if constexpr (Activated) {
-              z0 = activate(z0, p.activation);
-              z1 = activate(z1, p.activation);
-            }
-            v[e][l / 2] = pack_two<T>(z0, z1);
+            v[e][l / 2] = pack_two<T>(acc[l][g][2 * h + e] + bias[e][l], acc[l + 1][g][2 * h + e] + bias[e][l + 1]);
           }
         }
         const uint32_t place = y_area() + (h * 8 + row) * Tile::YPitch;
@@ -385,6 +339,7 @@ class BatchFirstRegisters {
       for (int r = 0; r < 16; r += RowStep) {
         uint32_t v[4];
         load_shared_16(v, source + r * Tile::YPitch);
+        if (p.activation != kNone) activate_piece<T>(v, p.activation);
         store_global_16(destination, v);
         destination += RowStep * p.y_stride;
       }
@@ -401,6 +356,7 @@ class BatchFirstRegisters {
     for (int r = 0; r < 16 && n + r < p.n; r += RowStep) {
       uint32_t v[4];
       load_shared_16(v, source + r * Tile::YPitch);
+      if (p.activation != kNone) activate_piece<T>(v, p.activation);
       if (valid == 8 && p.y_aligned) {
         store_global_16(destination, v);
       } else {
@@ -423,8 +379,7 @@ class BatchFirstRegisters {
 #pragma unroll
     for (int part = 0; part < Tile::YParts; ++part) {
       sync_y();  // the part before has left
-      if (p.activation == kNone) stage_y<false>(acc, at, part);
-      else stage_y<true>(acc, at, part);
+      stage_y(acc, at, part);
       sync_y();
       write_y(at, part);
     }
@@ -499,7 +454,7 @@ class BatchFirstRegisters {
 
  public:
   __device__ BatchFirstRegisters(const RegisterMaps& tensor_maps, const Product& product, const RegisterShape& shape, uint32_t base)
-      : maps(tensor_maps), p(product), s(shape), shared(base) {}
+      : Walk(product, shape), maps(tensor_maps), shared(base) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {

@@ -9,6 +9,7 @@
 #include "batch_last.cuh"
 #include "device.h"
 #include "launch_registers.cuh"
+#include "small_batch.h"
 #include "small_blocks.cuh"
 #include "tiles.h"
 
@@ -55,13 +56,23 @@ cudaError_t launch_hopper(const Product& p, cudaStream_t stream) {
   return launch<batch_first_hopper_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
 }
 
+template <typename Tile>
+cudaError_t launch_batch_last(const Product& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * p.d * ceil_div(p.b, Tile::TJ);
+  static_assert(Tile::SharedBytes <= 227 * 1024);
+  return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+}
+
 // A tile that takes x to registers, or where it does not take the product, one that takes all.
 template <typename Tile, typename Other>
 cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
   if (!has_wgmma()) return cudaErrorInvalidDeviceFunction;
   bool taken = false;
   const cudaError_t error = launch_registers<Tile>(p, stream, taken);
-  return taken ? error : launch_hopper<Other>(p, stream);
+  if (taken) return error;
+  if constexpr (takes_batch_last<Tile>()) return launch_batch_last<Other>(p, stream);
+  else if constexpr (std::is_same_v<typename Tile::T, float>) return launch_batch_first<Other>(p, stream);
+  else return launch_hopper<Other>(p, stream);
 }
 
 template <typename T, int Cluster>
@@ -69,13 +80,6 @@ cudaError_t launch_registers_16(const Product& p, cudaStream_t stream) {
   using Other = HopperTile<T, 16, 32, 32, 4, 1, 3, 4>;
   if (p.d == 16) return launch_registers_or<RegisterTile<T, 16, false, 1, 1, 32, 32, Cluster>, Other>(p, stream);
   return launch_registers_or<RegisterTile<T, 16, true, 1, 1, 32, 32, Cluster>, Other>(p, stream);
-}
-
-template <typename Tile>
-cudaError_t launch_batch_last(const Product& p, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * p.d * ceil_div(p.b, Tile::TJ);
-  static_assert(Tile::SharedBytes <= 227 * 1024);
-  return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
 }
 
 template <typename T, bool BatchLast>
@@ -95,8 +99,8 @@ template <typename T>
 cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
   switch (tile) {
     case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kSmallBatch: return launch_small_batch<T, false>(p, batch_last, stream);
     case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 4, 2, 64, 64, 128, 3, 1>>(p, stream);
-    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, false, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
     case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, false, 2, 2, 2, 4, 64, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 1, 4, 64, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst4Tall: return launch_batch_first<BatchFirstTile<T, false, 4, 2, 2, 2, 64, 32, 64, 3, 1>>(p, stream);
@@ -131,11 +135,20 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
   using T = float;
   switch (tile) {
     case kSmallBlocks: return batch_last ? launch_small_blocks<T, true>(p, stream) : launch_small_blocks<T, false>(p, stream);
+    case kSmallBatch: return launch_small_batch<T, Split>(p, batch_last, stream);
     case kBatchFirst1: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
-    case kBatchFirst1Short: return launch_batch_first<BatchFirstTile<T, Split, 1, 1, 1, 8, 16, 16, 128, 3, 1>>(p, stream);
     case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kRegisters1: return launch_registers_or<Float32Tile<Split, 1, false>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
+    case kRegisters2: return launch_registers_or<Float32Tile<Split, 2, false>, BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
+    case kRegisters4: return launch_registers_or<Float32Tile<Split, 4, false>, BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kRegisters8: {
+      using Other = BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>;
+      if (p.d == 8) return launch_registers_or<Float32Tile<Split, 8, false>, Other>(p, stream);
+      return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
+    }
+    case kRegistersLast: return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 32, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

@@ -1,4 +1,4 @@
-// From a product to a launch of batch_first_registers.cuh: how the work is cut, tensor maps, the kernel.
+// From a product to a launch of batch_first_registers.cuh or float32_registers.cuh: how the work is cut, tensor maps, the kernel.
 #pragma once
 
 #include <algorithm>
@@ -8,22 +8,40 @@
 
 #include "batch_first_registers.cuh"
 #include "device.h"
+#include "float32_registers.cuh"
 #include "tensor_map.cuh"
 
 namespace structlayers {
 
 constexpr int kRegisterSharedBytes = 227 * 1024;
 
+template <typename Tile>
+constexpr bool takes_batch_last() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Last;
+  else return false;
+}
+
+// Shared memory for weights that do not stay, before they are split.
+template <typename Tile>
+constexpr int raw_bytes() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::RawBytes;
+  else return 0;
+}
+
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
 template <typename Tile>
 bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   constexpr int LeastXBytes = 64 * 1024, room = kRegisterSharedBytes - Tile::YBytes - Tile::BarrierBytes;
   const int64_t columns = int64_t{p.a} * p.c * p.d;
-  if (Tile::Strided ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL) return false;
-  if (!p.w_aligned || !p.x_aligned || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
+  constexpr bool Last = takes_batch_last<Tile>();
+  if (!Last && (Tile::Strided ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL)) return false;
+  constexpr int Piece = 16 / sizeof(typename Tile::T);
+  if ((Piece == 8 && !p.w_aligned) || !p.x_aligned || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
   s.flat_input = p.in_features != columns;
-  if constexpr (Tile::Strided) {
-    if (p.in_features % 8 != 0) return false;
+  if constexpr (Last) {
+    if (s.flat_input) return false;
+  } else if constexpr (Tile::Strided) {
+    if (p.in_features % Piece != 0) return false;
   } else {
     // Then the columns that follow a block are the next block's, and nothing but zeros may meet them.
     if (s.flat_input && p.a > 1 && p.c % Tile::XK != 0) return false;
@@ -32,9 +50,9 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
   s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + LeastXBytes <= room;
   // As many values of k of x as of w.
-  const int balanced = room / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
+  const int left = room - (s.resident ? 0 : raw_bytes<Tile>()), balanced = left / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
   s.w_slots = s.resident ? w_steps : std::clamp(balanced, 2, Tile::MaxSlots);
-  s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
+  s.x_slots = std::min((left - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
   // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
   const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL - 1) / Tile::DL) *
                                    ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
@@ -58,25 +76,40 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
 
 template <typename Tile>
 bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& maps) {
-  constexpr auto type = std::is_same_v<typename Tile::T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  using T = typename Tile::T;
+  constexpr auto type = std::is_same_v<T, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                        : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr int Size = sizeof(T);
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
-  if constexpr (!Tile::Strided) {
+  if constexpr (takes_batch_last<Tile>()) {
+    return make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
+                           {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}});
+  } else if constexpr (!Tile::Strided) {
     const int64_t blocks = s.flat_input ? 1 : p.a;
     // Where a is 1, its stride is not used, but must be one that a map takes.
     const int64_t block_stride = blocks == 1 ? p.x_stride : run;
-    if (!make_tensor_map(maps.x, type, 2, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
-                         {{s.flat_input ? p.in_features : run, 1, 64}, {blocks, block_stride, 1}, {p.n, p.x_stride, Tile::BoxRows}})) {
+    if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
+                         {{s.flat_input ? p.in_features : run, 1, 128 / Size}, {blocks, block_stride, 1}, {p.n, p.x_stride, Tile::BoxRows}})) {
       return false;
     }
   }
-  return make_tensor_map(maps.w, type, 2, p.w, Tile::WRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+  // float32 weights are split by threads.
+  if constexpr (Size == 4) return true;
+  return make_tensor_map(maps.w, type, Size, p.w, Tile::WRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                          {{p.c, 1, Tile::WK}, {p.b, p.c, Tile::TJ}, {int64_t{p.a} * p.d, block, Tile::DL}});
+}
+
+template <typename Tile>
+constexpr auto register_kernel() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return float32_registers_kernel<Tile>;
+  else return batch_first_registers_kernel<Tile>;
 }
 
 // Leaves `taken` false where the tile does not take the product.
 template <typename Tile>
 cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken) {
-  constexpr auto Kernel = batch_first_registers_kernel<Tile>;
+  constexpr auto Kernel = register_kernel<Tile>();
   static std::mutex mutex;
   static int most_clusters[64] = {};
   taken = true;
@@ -116,7 +149,8 @@ cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken)
     return cudaSuccess;
   }
   config.gridDim = dim3(std::min(s.units, static_cast<unsigned>(clusters)) * Tile::Cluster);
-  return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
+  if constexpr (std::is_same_v<typename Tile::T, float>) return cudaLaunchKernelEx(&config, Kernel, maps.x, p, s);
+  else return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
 }
 
 }  // namespace structlayers

@@ -468,7 +468,7 @@ class PairKernel {
     for (int n = thread / Pieces; n < rows; n += RowStep) {
       uint32_t v[4];
       load_piece(v, source);
-      if (p.activation != kNone) activate_piece(v, p.activation);
+      if (p.activation != kNone) activate_piece<T>(v, p.activation);
       if (whole) {
         store_global_16(destination, v);
       } else {
@@ -499,16 +499,6 @@ class PairKernel {
 #pragma unroll
         for (int m = 0; m < 4; ++m) v[m] = __byte_perm(low[m / 2], high[m / 2], m % 2 ? 0x7632 : 0x5410);
       }
-    }
-  }
-
-  // After the rounding to T, as where the activation is an operation of its own.
-  __device__ static __forceinline__ void activate_piece(uint32_t (&v)[4], int activation) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const uint16_t low = static_cast<uint16_t>(v[m]), high = static_cast<uint16_t>(v[m] >> 16);
-      v[m] = pack_two<T>(activate(to_float(*reinterpret_cast<const T*>(&low)), activation),
-                         activate(to_float(*reinterpret_cast<const T*>(&high)), activation));
     }
   }
 

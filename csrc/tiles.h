@@ -11,7 +11,6 @@ namespace structlayers {
 enum TileId : int {
   kSmallBlocks = 0,
   kBatchFirst1 = 1,       // DL = 1: d = 1, or scattered reads
-  kBatchFirst1Short = 2,  // DL = 1, few rows
   kBatchFirst2 = 3,
   kBatchFirst4 = 4,       // DL = 4, wide in j
   kBatchFirst4Tall = 5,   // DL = 4, wide in n
@@ -25,12 +24,15 @@ enum TileId : int {
   kHopper8 = 13,
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
-  kRegisters2 = 20,       // wgmma with x in registers, 16-bit, batch-first, sm_90a; DL as in the name
-  kRegisters4 = 21,       // 128 rows, 64 values of j
+  kRegisters1 = 26,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name; this one float32 alone, 256 rows, 64 values of j
+  kRegistersLast = 27,    // the same batch-last
+  kRegisters2 = 20,
+  kRegisters4 = 21,       // 128 rows, 64 values of j; float32: 64 rows, 64 values
   kRegisters4Wide = 22,   // 64 rows, 128 values of j
   kRegisters8 = 23,
   kRegisters16 = 24,
   kRegisters16Pair = 25,  // clusters of two CTAs, which share x
+  kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 
 // Launches on `stream` on the current device. Returns an error of the launch; cudaErrorInvalidValue for an unknown tile.

@@ -18,6 +18,7 @@ from torch import Tensor
 from structlayers.backends import auto, fused, resolve, tuning
 from structlayers.backends.fused import PairProblem
 from structlayers.backends.prepare import prepare as prepare_factor
+from structlayers.backends.tiles import SMALL_BATCH_ROWS
 from structlayers.factorize import merge_weights, to_dense
 from structlayers.patterns import Chain, Pattern
 from structlayers.problem import Layout, Problem
@@ -230,7 +231,7 @@ def _steps(problem: ChainProblem, merging: str, fuse: bool, most_bytes: float = 
             merged[operand.start, operand.stop] = operand, merge_s
         single = problem.single(operand.pattern)
         tuned = tuning.lookup(single)
-        name = "dense" if operand.written_out else resolve("auto", single).name
+        name = _written_out_backend(single) if operand.written_out else resolve("auto", single).name
         yield Step((operand,), name, merge_s + auto.cost_s(name, single, tuned))
     if not fuse:
         return
@@ -245,6 +246,12 @@ def _steps(problem: ChainProblem, merging: str, fuse: bool, most_bytes: float = 
             tuned = tuning.lookup(pair)
             if tuned is None or tuned.backend == FUSED:
                 yield Step((left, right), FUSED, left_s + right_s + auto.pair_cost_s(pair, tuned))
+
+
+def _written_out_backend(single: Problem) -> str:
+    """One dense matrix is cuBLAS's, but for few rows, where a launch of this project's kernel costs less."""
+    few = single.device_type == "cuda" and 0 < single.n <= SMALL_BATCH_ROWS
+    return "cuda" if few and resolve("auto", single).name == "cuda" else "dense"
 
 
 def _operands(problem: ChainProblem, merging: str) -> Iterator[tuple[Operand, float]]:

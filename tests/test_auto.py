@@ -10,7 +10,7 @@ import torch
 
 from structlayers import KSLinear, Layout, Pattern
 from structlayers.backends import BACKENDS, available_backends, resolve
-from structlayers.backends.auto import CPU_COSTS, choose, cpu_cost_s
+from structlayers.backends.auto import CPU_COSTS, GPU_CANDIDATES, choose, cpu_cost_s, gpu_cost_s
 from structlayers.problem import Problem
 
 LAYOUTS = tuple(Layout)
@@ -77,6 +77,37 @@ def test_choices_where_measurements_leave_no_doubt(entries, n, expected, layout)
 def test_a_large_factor_is_never_written_out():
     for entries, n, layout in itertools.product([(64, 64, 64, 1), (1, 64, 64, 64)], (1, 64, 4096), LAYOUTS):
         assert choose(problem(entries, n, layout)) != "dense"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_small_batches_on_a_gpu(dtype, layout):
+    """Estimates are positive and grow with the batch; odd rows cost more; one product is never written out first."""
+    for entries in ((1, 128, 128, 64), (64, 128, 128, 1), (1, 768, 768, 1), (3, 5, 7, 9), (1, 2, 2, 512)):
+        for name in GPU_CANDIDATES:
+            times = [gpu_cost_s(name, problem(entries, n, layout, dtype, "cuda")) for n in (1, 8, 64)]
+            assert 0 < times[0] <= times[1] <= times[2] < 1e-3
+    odd, whole = (gpu_cost_s("cuda", problem((1, 512, c, 8), 1, layout, dtype, "cuda")) for c in (511, 512))
+    assert odd > whole
+    assert choose(problem((1, 128, 128, 64), 1, layout, dtype, "cuda"), compiled=True) == "cuda"
+    assert choose(problem((64, 64, 64, 1), 1, layout, dtype, "cuda"), compiled=True) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("entries", "n", "measured_us"),
+    [
+        ((64, 128, 128, 1), 1, 2.9),
+        ((1, 128, 128, 64), 1, 3.6),
+        ((1, 64, 64, 64), 1, 3.2),
+        ((4, 192, 192, 1), 8, 2.2),
+        ((1, 1024, 256, 4), 16, 4.4),
+        ((1, 768, 768, 1), 1, 2.9),
+        ((1, 128, 128, 64), 64, 8.2),
+    ],
+)
+def test_estimates_of_small_batches_are_near_what_was_measured(entries, n, measured_us):
+    estimate_us = gpu_cost_s("cuda", problem(entries, n, dtype=torch.bfloat16, device="cuda")) * 1e6
+    assert 0.7 < estimate_us / measured_us < 1.4
 
 
 def test_other_devices_take_bmm():

@@ -175,6 +175,19 @@ def test_arithmetic_decides_for_one_dense_matrix(gpu):
     assert shape(chosen) == [("dense", ((0, 2),))]
 
 
+def test_small_batches(gpu):
+    """Two kernels where the factors are much smaller than the matrix, else one on the whole matrix."""
+    for width, n in itertools.product((4096, 8192), (1, 16, 64)):
+        chosen = plan_problem(on_gpu(Chain.monarch(width, width, 64), n), "frozen")
+        assert len(chosen.steps) == 2 and not any(operand.is_derived for operand in chosen.operands), (width, n)
+        # For many rows of what is not interleaved, cuBLAS is as fast.
+        assert chosen.backends == ["cuda", "cuda"] or (n == 64 and chosen.backends == ["cuda", "bmm"]), (width, n)
+    for width, n, backend in ((768, 1, "cuda"), (768, 16, "cuda"), (1024, 64, "dense"), (256, 1, "cuda")):
+        chosen = plan_problem(on_gpu(Chain.monarch(width, width, 4), n), "frozen")
+        assert shape(chosen) == [(backend, ((0, 2),))], (width, n)
+        assert chosen.operands[0].is_derived
+
+
 def test_measurements_overrule_estimates(gpu):
     chain = Chain.monarch(4096, 4096, 64)
     problem = on_gpu(chain, 25_088)
@@ -230,7 +243,7 @@ def test_text(gpu):
     text = plan_problem(on_gpu(Chain.butterfly(1024), 25_088), "frozen").explain()
     assert re.search(r"factors 1-\d multiplied to \(1,.*\) and factors \d-10 multiplied to \(.*,1\): fused", text)
     text = plan_problem(on_gpu(NOT_CHAINABLE, 1), "frozen").explain()
-    assert "1. factors 1-2 as one dense 8 x 8 matrix: dense, about" in text
+    assert "1. factors 1-2 as one dense 8 x 8 matrix: cuda, about" in text
     # The last factor reads the input, so it comes first.
     lines = plan_problem(on_cpu(Chain.low_rank(300, 300, 2), 4096), "training").explain().splitlines()
     assert lines[1].startswith("  1. factor 2 (1,2,300,1): ")

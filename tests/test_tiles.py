@@ -12,7 +12,16 @@ import torch
 
 from structlayers import Layout, Pattern
 from structlayers.backends.auto import GPU_CANDIDATES, choose
-from structlayers.backends.tiles import SMALL_BLOCK, SMALL_BLOCKS, TILES_16BIT, TILES_32BIT, choose_tile, tiles_for
+from structlayers.backends.tiles import (
+    SMALL_BATCH,
+    SMALL_BATCH_ROWS,
+    SMALL_BLOCK,
+    SMALL_BLOCKS,
+    TILES_16BIT,
+    TILES_32BIT,
+    choose_tile,
+    tiles_for,
+)
 from structlayers.backends.tuning import Entry
 from structlayers.problem import Problem
 
@@ -63,7 +72,8 @@ def test_the_choice_depends_on_the_problem_alone():
 def test_every_tile_is_chosen_somewhere():
     chosen = {(problem.dtype.itemsize, choose_tile(problem).name) for problem in FAMILY}
     for itemsize, table in ((2, TILES_16BIT), (4, TILES_32BIT)):
-        assert {name for size, name in chosen if size == itemsize} == {tile.name for tile in table} | {SMALL_BLOCKS}
+        expected = {tile.name for tile in table} | {SMALL_BLOCKS, SMALL_BATCH}
+        assert {name for size, name in chosen if size == itemsize} == expected
 
 
 def test_a_tuned_tile_decides_where_it_exists():
@@ -75,9 +85,24 @@ def test_a_tuned_tile_decides_where_it_exists():
         assert choose_tile(problem, name) == choose_tile(problem)
 
 
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_batches_have_a_kernel_of_their_own(dtype, layout):
+    for b, c, d in ((128, 128, 64), (61, 37, 1), (4096, 4096, 1), (64, 16, 2)):
+        for n, own in ((0, True), (1, True), (SMALL_BATCH_ROWS, True), (SMALL_BATCH_ROWS + 1, False)):
+            problem = Problem(Pattern(1, b, c, d), n, dtype, "cuda", layout)
+            assert (choose_tile(problem).name == SMALL_BATCH) is own, problem
+            assert (SMALL_BATCH in [tile.name for tile in tiles_for(problem)]) is own, problem
+
+
+def test_tiny_blocks_keep_theirs_in_small_batches():
+    problem = Problem(Pattern(1, 2, 2, 512), 1, torch.bfloat16, "cuda", Layout.BATCH_FIRST)
+    assert choose_tile(problem).name == SMALL_BLOCKS
+
+
 def test_the_copy_engine_is_given_whole_pieces():
-    def names(b: int, c: int, d: int) -> set[str]:
-        problem = Problem(Pattern(2, b, c, d), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+    def names(b: int, c: int, d: int, dtype: torch.dtype = torch.float16) -> set[str]:
+        problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
         return {tile.name for tile in tiles_for(problem) if tile.registers}
 
     assert names(64, 64, 4) == {"registers4", "registers4_wide"}
@@ -85,6 +110,12 @@ def test_the_copy_engine_is_given_whole_pieces():
     assert names(64, 64, 16) == names(64, 64, 24) == {"registers16", "registers16_pair"}
     for b, c, d in ((64, 61, 4), (64, 64, 3), (64, 64, 12), (64, 64, 20), (64, 64, 1)):
         assert not names(b, c, d)
+    # float32: pieces of four, of x alone.
+    assert names(61, 61, 4, torch.float32) == {"registers4"}
+    assert names(64, 64, 8, torch.float32) == names(61, 61, 24, torch.float32) == {"registers8"}
+    assert names(61, 60, 1, torch.float32) == {"registers1"}
+    for b, c, d in ((64, 61, 1), (64, 61, 2), (64, 64, 3), (64, 64, 12)):
+        assert not names(b, c, d, torch.float32)
 
 
 @pytest.mark.parametrize("table", [TILES_16BIT, TILES_32BIT], ids=["16bit", "32bit"])
@@ -92,7 +123,7 @@ def test_names_and_numbers_are_distinct_and_those_of_the_kernels(table):
     numbers = {tile.number for tile in table}
     assert len(numbers) == len({tile.name for tile in table}) == len(table)
     compiled = {int(n) for n in re.findall(r"k\w+ = (\d+),", (ROOT / "csrc" / "tiles.h").read_text())}
-    assert numbers | {0} <= compiled
+    assert numbers | {0, 40} <= compiled
 
 
 # ---- auto on a GPU

@@ -12,7 +12,7 @@ import torch
 
 from structlayers.backends.bmm import group_size
 from structlayers.backends.fused import TILE_ROWS, PairProblem, choose_pair_tile
-from structlayers.backends.tiles import SMALL_BLOCKS, choose_tile
+from structlayers.backends.tiles import SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
@@ -116,8 +116,53 @@ def _gpu_rates(dtype: torch.dtype, tf32: bool) -> GpuRates:
     return GPU_RATES["16bit" if dtype.itemsize == 2 else "tf32" if tf32 else "float32"]
 
 
+@dataclass(frozen=True)
+class SmallBatchCosts:
+    """Seconds of one product with few rows, term by term of :func:`small_batch_cost_s`."""
+
+    call: float
+    # More, where blocks are interleaved.
+    interleaved: float
+    weight_byte: float
+    # Every byte of the input and the output, and every byte of the input for every 64 values of j.
+    row_byte: float
+    reread_byte: float = 0.0
+
+
+# Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
+# non-negative least squares on relative errors to 18 Monarch chains (256 to 8,192 features, 4 to 64 blocks) at batches
+# of 1, 8, 16 and 64, bfloat16: graph replays on one H100, weights from memory (0.5 to 1.4 times what was measured; the
+# cheapest of two factors, cuBLAS and one kernel on the whole matrix takes 1.01 times, at worst 1.2, what the best of
+# them does). A call of bmm holds the 1.9 us that its neighbours lose: they can no longer begin before it ends.
+SMALL_BATCH_COSTS = {
+    "cuda": SmallBatchCosts(2.2e-6, 0.9e-6, 0.40e-12, 1.87e-12, 0.46e-12),
+    "dense": SmallBatchCosts(3.1e-6, 0.0, 0.335e-12, 0.0),
+    "bmm": SmallBatchCosts(4.6e-6, 4.2e-6, 0.37e-12, 0.28e-12),
+}
+# Rows of weights that are not whole 16-byte pieces come element by element; not measured.
+SMALL_BATCH_ELEMENTS = 4
+
+
+def small_batch_cost_s(name: str, problem: Problem) -> float:
+    """Estimated seconds of a product with few rows on a GPU; dense only of a factor that is one block."""
+    pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
+    costs = SMALL_BATCH_COSTS[name]
+    if name == "cuda" and choose_tile(problem).name == SMALL_BLOCKS:
+        return costs.call + pattern.bytes(n, itemsize) / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    read, written = n * pattern.in_features * itemsize, n * pattern.out_features * itemsize
+    weights = pattern.nnz * itemsize
+    if name == "cuda" and pattern.c * itemsize % 16:
+        weights *= SMALL_BATCH_ELEMENTS
+    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written)
+    if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
+        seconds += costs.interleaved
+    return seconds + costs.reread_byte * read * pattern.b / 64
+
+
 def gpu_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of one product on a GPU: the larger of traffic and arithmetic, plus a call."""
+    if 0 < problem.n <= SMALL_BATCH_ROWS and (name != "dense" or problem.pattern.n_blocks == 1):
+        return small_batch_cost_s(name if name in SMALL_BATCH_COSTS else "bmm", problem)
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
     rates, traffic = _gpu_rates(problem.dtype, problem.tf32), pattern.bytes(n, itemsize)
     last = problem.layout is Layout.BATCH_LAST

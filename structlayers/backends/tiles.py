@@ -16,7 +16,8 @@ class Tile:
     """One compiled tile: ``rows`` of the batch, ``columns`` values of j and ``run`` neighbouring l a CTA.
 
     ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
-    ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x.
+    ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x,
+    ``splits_weights`` that threads fetch the weights, which then may lie anyhow.
     """
 
     name: str
@@ -28,22 +29,27 @@ class Tile:
     wgmma: bool = False
     registers: bool = False
     cluster: int = 1
+    splits_weights: bool = False
 
     def takes(self, pattern: Pattern) -> bool:
-        """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces (of 16-bit elements)."""
-        if not self.registers:
+        """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
+        if not self.registers or self.layout is Layout.BATCH_LAST:
             return True
-        return pattern.c % 8 == 0 and (pattern.d == self.run or (self.run == 16 < pattern.d and pattern.d % 8 == 0))
+        # The longest runs also serve every longer run of whole 16-byte pieces of 16 bits, or 32-byte sectors of 32 bits.
+        longest = 8 if self.splits_weights else 16
+        runs = pattern.d == self.run or (self.run == longest < pattern.d and pattern.d % 8 == 0)
+        return runs and (pattern.c * pattern.d % 4 == 0 if self.splits_weights else pattern.c % 8 == 0)
 
 
 _FIRST, _LAST = Layout.BATCH_FIRST, Layout.BATCH_LAST
 SMALL_BLOCKS = "small_blocks"
 # The largest c that the small-block kernel takes.
 SMALL_BLOCK = 16
+# The kernel of small batches takes any batch, but every 64 rows read all weights again.
+SMALL_BATCH, SMALL_BATCH_ROWS = "small_batch", 64
 
 TILES_16BIT = (
     Tile("run1", 1, _FIRST, 1, 256, 128),
-    Tile("run1_short", 2, _FIRST, 1, 16, 128),
     Tile("run2", 3, _FIRST, 2, 128, 128),
     Tile("run4", 4, _FIRST, 4, 64, 128),
     Tile("run4_tall", 5, _FIRST, 4, 128, 64),
@@ -66,10 +72,14 @@ TILES_16BIT = (
 )
 TILES_32BIT = (
     Tile("run1", 1, _FIRST, 1, 128, 128),
-    Tile("run1_short", 2, _FIRST, 1, 16, 128),
     Tile("run2", 3, _FIRST, 2, 64, 128),
     Tile("run4", 4, _FIRST, 4, 64, 64),
     Tile("run8", 6, _FIRST, 8, 32, 64),
+    Tile("registers1", 26, _FIRST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers2", 20, _FIRST, 2, 128, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers4", 21, _FIRST, 4, 64, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers8", 23, _FIRST, 8, 64, 32, wgmma=True, registers=True, splits_weights=True),
+    Tile("registers_last", 27, _LAST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("last", 8, _LAST, 1, 128, 128),
     Tile("last_narrow", 9, _LAST, 1, 128, 64),
 )
@@ -80,7 +90,7 @@ HOPPER = (9, 0)
 
 
 def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
-    """The tiles that can run ``problem``: any tile of its layout, and the small-block kernel where c is small.
+    """The tiles that can run ``problem``: any tile of its layout, and the kernels of small blocks and small batches.
 
     ``wgmma=False`` leaves out what the compiled kernels do not hold.
     """
@@ -93,6 +103,8 @@ def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     ]
     if problem.pattern.c <= SMALL_BLOCK:
         tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
+    if problem.n <= SMALL_BATCH_ROWS:
+        tiles.append(Tile(SMALL_BATCH, 40, problem.layout, 1, SMALL_BATCH_ROWS, 16))
     return tiles
 
 
@@ -105,11 +117,13 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         return tiles[tuned]
     if SMALL_BLOCKS in tiles and (b < 8 or c < 8):
         return tiles[SMALL_BLOCKS]
+    if SMALL_BATCH in tiles:
+        return tiles[SMALL_BATCH]
     if problem.layout is Layout.BATCH_LAST:
+        if "registers_last" in tiles:
+            return tiles["registers_last"]
         return tiles["last_narrow" if b <= 64 else "last"]
-    if problem.n <= 64:
-        return tiles["run1_short"]
-    registers = _registers_tile(b, c, d)
+    registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
     if registers in tiles:
         return tiles[registers]
     if "wgmma1" in tiles:
@@ -123,6 +137,11 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     if d <= 4:
         return tiles["run4_tall" if b <= 64 and "run4_tall" in tiles else "run4"]
     return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
+
+
+def _registers_tile_float32(d: int) -> str:
+    """The same of float32; whether it takes the pattern is another question."""
+    return f"registers{d}" if d in (1, 2, 4) else "registers8"
 
 
 def _registers_tile(b: int, c: int, d: int) -> str | None:

@@ -1,0 +1,7 @@
+#include "launch_small_batch.cuh"
+
+namespace structlayers {
+
+template cudaError_t launch_small_batch<float, true>(const Product& p, bool batch_last, cudaStream_t stream);
+
+}  // namespace structlayers

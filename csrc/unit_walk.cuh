@@ -1,0 +1,63 @@
+// How the kernels that take x to registers walk over their work. No torch here.
+//
+// A tile is TN rows n, TJ values of j and DL neighbouring l of one i. A unit is `unit_tiles` tiles that follow one another
+// along n; a persistent grid takes units with j running fastest, then l, i and n, so that CTAs that read the same x run together.
+#pragma once
+
+#include "asynchronous.cuh"
+#include "product.h"
+
+namespace structlayers {
+
+// How a launch cuts the work; register_shape (launch_registers.cuh) derives it.
+struct RegisterShape {
+  int x_slots, w_slots, unit_tiles;
+  bool resident;     // w of a unit stays; w_slots hold all of it
+  bool flat_input;   // x is fetched by features, not by blocks: logical padding
+  unsigned units;    // of a cluster
+};
+
+// A slot of shared memory that is filled and read in turn, and the parity of its barriers' phase.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename Tile>
+struct UnitWalk {
+  const Product& p;
+  const RegisterShape& s;
+  const int rank = Tile::Cluster == 1 ? 0 : static_cast<int>(cluster_rank());
+  const int steps = (p.c + Tile::XK - 1) / Tile::XK;
+  const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
+
+  struct Place {
+    int64_t n0;
+    int i, l0, j0, tiles;
+  };
+
+  __device__ UnitWalk(const Product& product, const RegisterShape& shape) : p(product), s(shape) {}
+
+  // The first tile of a unit, and how many it has.
+  __device__ __forceinline__ Place place(unsigned unit) const {
+    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
+    Place at;
+    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    unit /= tiles_j;
+    at.l0 = static_cast<int>(unit % tiles_l) * Tile::DL;
+    unit /= tiles_l;
+    at.i = static_cast<int>(unit % p.a);
+    const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
+    at.n0 = first * Tile::TN;
+    at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
+    return at;
+  }
+};
+
+}  // namespace structlayers
