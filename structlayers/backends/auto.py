@@ -108,6 +108,16 @@ WGMMA_BYTES_PER_S = 5.0e12
 REGISTERS_SHARE = 0.85
 REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 6.5e12, 9.0e12
+# The float32 tiles whose operands go to registers: the share of the copy rate that they reach, and the seconds of a
+# step of k of one tile on one SM (float32, TF32), fitted by hand to 300 products on one H100.
+SPLIT_SHARE = 0.55
+SPLIT_STEP_S = {
+    "registers1": (1.65e-6, 1.2e-6),
+    "registers2": (2.0e-6, 1.8e-6),
+    "registers4": (1.65e-6, 1.3e-6),
+    "registers8": (2.4e-6, 2.3e-6),
+    "registers_last": (1.55e-6, 1.2e-6),
+}
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
 BMM_ROW_BLOCK_S = 4.8e-11
 
@@ -193,6 +203,12 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     if not whole:
         return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
+    if tile.splits_weights:
+        # A tile also takes about one step to begin and end.
+        tiles = -(-problem.n // tile.rows) * problem.pattern.a * -(-d // tile.run) * -(-b // tile.columns)
+        steps = 1 + -(-c // (32 if tile.run <= 2 else 16))
+        step_s = SPLIT_STEP_S[tile.name][problem.tf32]
+        return max(traffic / COPY_BYTES_PER_S / SPLIT_SHARE, -(-tiles // HOPPER_SMS) * steps * step_s)
     if tile.registers:
         # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
         resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES

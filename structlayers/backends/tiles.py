@@ -35,7 +35,7 @@ class Tile:
         """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
         if not self.registers or self.layout is Layout.BATCH_LAST:
             return True
-        # The longest runs also serve longer ones that are whole 16-byte pieces of 16 bits, or 32-byte sectors of 32 bits.
+        # The longest runs also serve longer ones: whole 16-byte pieces of 16 bits, or 32-byte sectors of 32 bits.
         longest = 8 if self.splits_weights else 16
         runs = pattern.d == self.run or (self.run == longest < pattern.d and pattern.d % 8 == 0)
         return runs and (pattern.c * pattern.d % 4 == 0 if self.splits_weights else pattern.c % 8 == 0)
