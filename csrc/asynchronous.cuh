@@ -58,6 +58,18 @@ __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// A slot of shared memory that is filled and read in turn, and the parity of its barriers' phase.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // A box of a tensor to shared memory; the copy completes on `barrier`. Outside the tensor it reads zeros.
 __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap& map, uint32_t barrier, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 namespace structlayers {
 
@@ -30,6 +31,22 @@ inline bool has_wgmma() {
 #else
   return false;
 #endif
+}
+
+// More than 48 KB of dynamic shared memory must be asked for once per kernel and device.
+template <auto Kernel>
+cudaError_t allow_shared_bytes(int bytes) {
+  static std::mutex mutex;
+  static uint64_t ready = 0;
+  int device = 0;
+  cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  std::lock_guard<std::mutex> lock(mutex);
+  if (ready & bit) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) ready |= bit;
+  else cudaGetLastError();
+  return error;
 }
 
 }  // namespace structlayers

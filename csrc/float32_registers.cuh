@@ -11,7 +11,7 @@
 //   x in shared memory: boxes of 128 bytes of every row, [k][l] as it lies, 16-byte pieces swizzled by the row
 //   batch-last: one l; boxes of 32 n of every k, [k][n] as it lies, swizzled likewise
 //   w in shared memory: [l][j][k], upper parts, then lower parts; k in the order in which a thread of a warpgroup holds it:
-//     DL = 1: its 16 bytes of x are 4 k (of each of two rows); DL = 2: 2 k of 2 l; DL >= 4: one k of 4 l; batch-last: one k of 4 rows n
+//     DL = 1: its 16 bytes of x are 4 k; DL = 2: 2 k of 2 l; DL >= 4: one k of 4 l; batch-last: one k of 4 rows n
 //
 // Split: y = x_low w_high + x_high w_low + x_high w_high. The tensor core truncates where it accumulates, so the products of
 // 16 k begin at zero and are added to float32 registers. Otherwise there is the last product alone: TF32.
@@ -36,7 +36,8 @@ struct Float32Tile {
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
   static constexpr int Cluster = 1, LGroups = DL == 8 ? 2 : 1, JGroups = DL == 4 ? 2 : 1, RowGroups = DL <= 2 ? 2 : 1;
-  static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles, WJ = DL == 4 || DL == 8 ? 32 : 64, TJ = WJ * JGroups;
+  static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles;
+  static constexpr int WJ = DL == 4 || DL == 8 ? 32 : 64, TJ = WJ * JGroups;
   static constexpr int Consumers = 256, Threads = Consumers + 128;
   static constexpr int XK = DL <= 2 ? 32 : 16, Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN;
   static constexpr int BoxBytes = BoxRows * 128, XBytes = Boxes * BoxBytes;
@@ -325,7 +326,10 @@ class Float32Registers : UnitWalk<Tile> {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int high = r / 2;
-        const int index = Tile::Last ? (q * 2 + high) * 2 + l : DL == 1 ? l * 4 + 2 * q + high : DL == 2 ? q * 4 + high * 2 + l : (q * 2 + high) * 4 + l;
+        const int index = Tile::Last ? (q * 2 + high) * 2 + l
+                          : DL == 1  ? l * 4 + 2 * q + high
+                          : DL == 2  ? q * 4 + high * 2 + l
+                                     : (q * 2 + high) * 4 + l;
         const uint32_t exact = raw[r % 2][index];
         upper[q][r] = upper_part(exact);
         if constexpr (Split) lower[q][r] = lower_part(exact, upper[q][r]);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <mutex>
 
 #include "batch_first_hopper.cuh"
 #include "batch_last.cuh"
@@ -15,27 +14,11 @@
 
 namespace structlayers {
 
-// More than 48 KB of dynamic shared memory must be asked for once per kernel and device.
 template <auto Kernel, typename... Arguments>
 cudaError_t launch(int shared_bytes, int threads, int64_t tiles, int per_multiprocessor, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (tiles > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  static std::mutex mutex;
-  static uint64_t ready = 0;
-  int device = 0;
-  cudaGetDevice(&device);
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (!(ready & bit)) {
-      const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-      if (error != cudaSuccess) {
-        cudaGetLastError();
-        return error;
-      }
-      ready |= bit;
-    }
-  }
+  if (const cudaError_t error = allow_shared_bytes<Kernel>(shared_bytes); error != cudaSuccess) return error;
   const int64_t resident = int64_t{multiprocessors()} * per_multiprocessor;
   Kernel<<<static_cast<unsigned>(std::min(tiles, resident)), threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
@@ -140,15 +123,19 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
     case kBatchFirst2: return launch_batch_first<BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
     case kBatchFirst4: return launch_batch_first<BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kBatchFirst8: return launch_batch_first<BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
-    case kRegisters1: return launch_registers_or<Float32Tile<Split, 1, false>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
-    case kRegisters2: return launch_registers_or<Float32Tile<Split, 2, false>, BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
-    case kRegisters4: return launch_registers_or<Float32Tile<Split, 4, false>, BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kRegisters1:
+      return launch_registers_or<Float32Tile<Split, 1, false>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
+    case kRegisters2:
+      return launch_registers_or<Float32Tile<Split, 2, false>, BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
+    case kRegisters4:
+      return launch_registers_or<Float32Tile<Split, 4, false>, BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kRegisters8: {
       using Other = BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>;
       if (p.d == 8) return launch_registers_or<Float32Tile<Split, 8, false>, Other>(p, stream);
       return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
     }
-    case kRegistersLast: return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
+    case kRegistersLast:
+      return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 32, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "device.h"
 #include "pair.cuh"
 
 namespace structlayers {
@@ -133,8 +134,8 @@ bool make_maps(const Pair& p, const PairShape& s, PairMaps& maps) {
 
 template <auto Kernel>
 cudaError_t start_pair(const PairMaps& maps, const Pair& p, const PairShape& s, cudaStream_t stream) {
+  if (const cudaError_t error = allow_shared_bytes<Kernel>(kPairSharedBytes); error != cudaSuccess) return error;
   static std::mutex mutex;
-  static uint64_t ready = 0;
   static int most_clusters[64][9] = {};
   int device = 0;
   cudaGetDevice(&device);
@@ -151,14 +152,6 @@ cudaError_t start_pair(const PairMaps& maps, const Pair& p, const PairShape& s, 
   int clusters;
   {
     std::lock_guard<std::mutex> lock(mutex);
-    if (!(ready >> device % 64 & 1)) {
-      const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPairSharedBytes);
-      if (error != cudaSuccess) {
-        cudaGetLastError();
-        return error;
-      }
-      ready |= uint64_t{1} << device % 64;
-    }
     int& most = most_clusters[device % 64][s.cluster];
     if (most == 0) {
       config.gridDim = dim3(s.cluster);

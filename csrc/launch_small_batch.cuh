@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <mutex>
 
 #include "device.h"
 #include "small_batch.cuh"
@@ -113,22 +112,7 @@ inline SmallBatchChoice choose_small_batch(const Product& p, bool batch_last, in
 template <auto Kernel>
 cudaError_t start_small_batch(const Product& p, const SmallBatchChoice& choice, cudaStream_t stream) {
   if (choice.ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  static std::mutex mutex;
-  static uint64_t ready = 0;
-  int device = 0;
-  cudaGetDevice(&device);
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (!(ready & bit)) {
-      const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmallBatchSharedBytes);
-      if (error != cudaSuccess) {
-        cudaGetLastError();
-        return error;
-      }
-      ready |= bit;
-    }
-  }
+  if (const cudaError_t error = allow_shared_bytes<Kernel>(kSmallBatchSharedBytes); error != cudaSuccess) return error;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <limits>
-#include <mutex>
 
+#include "device.h"
 #include "weight_grad.cuh"
 
 namespace structlayers {
@@ -14,25 +14,10 @@ int64_t grad_ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // Rows of a split, in whole steps of a tile.
 int64_t rows_per_split(const WeightGrad& p, int64_t rows) { return grad_ceil_div(grad_ceil_div(p.n, p.splits), rows) * rows; }
 
-// More than 48 KB of dynamic shared memory must be asked for once per kernel and device.
 template <auto Kernel>
 cudaError_t start_grad(int shared_bytes, int threads, int64_t ctas, const WeightGrad& p, cudaStream_t stream) {
   if (ctas > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  static std::mutex mutex;
-  static uint64_t ready = 0;
-  int device = 0;
-  cudaGetDevice(&device);
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (!(ready >> device % 64 & 1)) {
-      const cudaError_t error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-      if (error != cudaSuccess) {
-        cudaGetLastError();
-        return error;
-      }
-      ready |= uint64_t{1} << device % 64;
-    }
-  }
+  if (const cudaError_t error = allow_shared_bytes<Kernel>(shared_bytes); error != cudaSuccess) return error;
   Kernel<<<static_cast<unsigned>(ctas), threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }

@@ -82,17 +82,6 @@ class PairKernel {
   const unsigned n_tiles = static_cast<unsigned>((p.n + kPairRows - 1) / kPairRows) * p.groups;
   const unsigned clusters = gridDim.x / s.cluster, first = blockIdx.x / s.cluster;
 
-  struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int stages) {
-      if (++stage == stages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    }
-  };
-
   // The half of a wgmma descriptor that says where; it moves by 2 for every 16 of K.
   __device__ static __forceinline__ uint32_t descriptor(uint32_t address) { return static_cast<uint32_t>(wgmma_descriptor<128>(address)); }
 
@@ -101,15 +90,15 @@ class PairKernel {
   // ---- the warp that fetches
 
   __device__ __forceinline__ uint32_t acquire(const Ring& ring, uint32_t bytes) const {
-    barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-    barrier_expect(full + 8 * ring.stage, bytes);
-    return stages + ring.stage * s.stage_bytes;
+    barrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+    barrier_expect(full + 8 * ring.slot, bytes);
+    return stages + ring.slot * s.stage_bytes;
   }
 
   __device__ __forceinline__ void fetch_right(Ring& ring, int i, int n0, int s0, int s_end, int run, int rho) const {
     const int x_bytes = kPairRows * x_row, right_bytes = s.ranks * s.runs * x_row;
     for (int step = 0; step < s.x_steps; ++step) {
-      const uint32_t stage = acquire(ring, SP * (x_bytes + right_bytes)), barrier = full + 8 * ring.stage;
+      const uint32_t stage = acquire(ring, SP * (x_bytes + right_bytes)), barrier = full + 8 * ring.slot;
 #pragma unroll
       for (int u = 0; u < SP; ++u) {
         // Past the last s, the last one again: its products are not used.
@@ -138,7 +127,7 @@ class PairKernel {
         for (int l = 0; l < s.own_delta; l += s.left_l) {
           for (int kb = 0; kb < s.t_blocks; ++kb) {
             const uint32_t stage = acquire(ring, Rows2 * t_row);
-            copy_box(stage, maps.left, full + 8 * ring.stage, kb * s.t_k, jt * s.left_j, rank * s.own_delta + l, i);
+            copy_box(stage, maps.left, full + 8 * ring.slot, kb * s.t_k, jt * s.left_j, rank * s.own_delta + l, i);
             ring.advance(s.stages);
           }
         }
@@ -296,25 +285,25 @@ class PairKernel {
     if (s.stages > 3) {
 #pragma unroll 1
       for (; step + 1 < steps; step += 2) {
-        const int first = ring.stage;
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        issue(step, stages + ring.stage * s.stage_bytes);
+        const int first = ring.slot;
+        barrier_wait(full + 8 * ring.slot, ring.parity);
+        issue(step, stages + ring.slot * s.stage_bytes);
         ring.advance(s.stages);
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        issue(step + 1, stages + ring.stage * s.stage_bytes);
+        barrier_wait(full + 8 * ring.slot, ring.parity);
+        issue(step + 1, stages + ring.slot * s.stage_bytes);
         wgmma_wait<1>();
         release(first);
         wgmma_wait();
-        release(ring.stage);
+        release(ring.slot);
         ring.advance(s.stages);
       }
     }
 #pragma unroll 1
     for (; step < steps; ++step) {
-      barrier_wait(full + 8 * ring.stage, ring.parity);
-      issue(step, stages + ring.stage * s.stage_bytes);
+      barrier_wait(full + 8 * ring.slot, ring.parity);
+      issue(step, stages + ring.slot * s.stage_bytes);
       wgmma_wait();
-      release(ring.stage);
+      release(ring.slot);
       ring.advance(s.stages);
     }
   }

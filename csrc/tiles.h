@@ -24,14 +24,14 @@ enum TileId : int {
   kHopper8 = 13,
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
-  kRegisters1 = 26,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name; this one float32 alone, 256 rows, 64 values of j
-  kRegistersLast = 27,    // the same batch-last
-  kRegisters2 = 20,
+  kRegisters2 = 20,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name
   kRegisters4 = 21,       // 128 rows, 64 values of j; float32: 64 rows, 64 values
   kRegisters4Wide = 22,   // 64 rows, 128 values of j
   kRegisters8 = 23,
   kRegisters16 = 24,
   kRegisters16Pair = 25,  // clusters of two CTAs, which share x
+  kRegisters1 = 26,       // float32 alone: 256 rows, 64 values of j
+  kRegistersLast = 27,    // the same batch-last
   kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 

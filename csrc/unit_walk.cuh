@@ -17,18 +17,6 @@ struct RegisterShape {
   unsigned units;    // of a cluster
 };
 
-// A slot of shared memory that is filled and read in turn, and the parity of its barriers' phase.
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int slots) {
-    if (++slot == slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <typename Tile>
 struct UnitWalk {
   const Product& p;

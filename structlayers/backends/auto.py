@@ -204,7 +204,7 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     if not whole:
         return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
     if tile.splits_weights:
-        # A tile also takes about one step to begin and end.
+        # Steps are those of csrc/float32_registers.cuh (XK); a tile also takes about one to begin and end.
         tiles = -(-problem.n // tile.rows) * problem.pattern.a * -(-d // tile.run) * -(-b // tile.columns)
         steps = 1 + -(-c // (32 if tile.run <= 2 else 16))
         step_s = SPLIT_STEP_S[tile.name][problem.tf32]
