@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from structlayers.bench import cost
 from structlayers.nn import KSLinear
@@ -60,10 +61,18 @@ def example_input(task: str, model_args: dict[str, Any]) -> Tensor:
 
 
 def count_flops(model: nn.Module, x: Tensor) -> int:
-    """FLOPs of one forward pass in evaluation mode, counted as ``infer.py`` counts them."""
+    """FLOPs of one forward pass in evaluation mode, counted as ``infer.py`` counts them.
+
+    Shapes say it all, so nothing is computed where the model runs on the meta device; otherwise the pass is made.
+    """
     training = model.training
     model.eval()
-    flops = cost.count_flops(lambda: model(x))
+    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        flops = cost.count_flops(lambda: functional_call(model, shapes, (x.to("meta"),)))
+    except Exception:
+        # Which error a model raises that looks at a value, or holds tensors that are no buffers, is its own choice.
+        flops = cost.count_flops(lambda: model(x))
     model.train(training)
     return flops
 

@@ -76,6 +76,23 @@ def test_flops_of_training_and_inference_agree():
     assert count_flops(model, tokens) == cost.count_flops(lambda: model(tokens)) == linears + 2 * 2 * 16 * 16 * 32
 
 
+def test_flops_are_counted_without_computing_where_shapes_say_it_all():
+    class Probe(nn.Linear):
+        def forward(self, x):
+            seen.append(x.device.type)
+            return super().forward(x)
+
+    class LooksAtValues(Probe):
+        def forward(self, x):
+            return super().forward(x) * (2.0 if x.sum().item() > 0 else 1.0)
+
+    seen = []
+    assert count_flops(Probe(8, 4), torch.ones(3, 8)) == 2 * 3 * 8 * 4
+    assert seen == ["meta"]
+    assert count_flops(LooksAtValues(8, 4), torch.ones(3, 8)) == 2 * 3 * 8 * 4
+    assert seen == ["meta", "cpu"]
+
+
 def test_flops_leave_the_mode_of_the_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     count_flops(model, torch.zeros(1, 4))
