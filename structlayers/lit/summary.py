@@ -1,5 +1,6 @@
 """The table that closes a run: sizes, FLOPs, test metrics, and whether "structured" is the truth."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from structlayers.bench import cost
 from structlayers.nn import KSLinear
@@ -63,18 +63,26 @@ def example_input(task: str, model_args: dict[str, Any]) -> Tensor:
 def count_flops(model: nn.Module, x: Tensor) -> int:
     """FLOPs of one forward pass in evaluation mode, counted as ``infer.py`` counts them.
 
-    Shapes say it all, so nothing is computed where the model runs on the meta device; otherwise the pass is made.
+    Shapes say it all, so nothing is computed where a copy of the model runs on the meta device; otherwise the pass is
+    made.
     """
     training = model.training
     model.eval()
-    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     try:
-        flops = cost.count_flops(lambda: functional_call(model, shapes, (x.to("meta"),)))
+        shapes = _on_meta(model)
+        flops = cost.count_flops(lambda: shapes(x.to("meta")))
     except Exception:
         # Which error a model raises that looks at a value, or holds tensors that are no buffers, is its own choice.
         flops = cost.count_flops(lambda: model(x))
     model.train(training)
     return flops
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values. (functional_call would leave the buffers of modules that occur twice on the meta device.)"""
+    known: dict[int, Tensor] = {id(value): nn.Parameter(value.to("meta"), False) for value in model.parameters()}
+    known |= {id(value): value.to("meta") for value in model.buffers()}
+    return copy.deepcopy(model, known)
 
 
 def disguised_chains(model: nn.Module) -> tuple[str, ...]:
