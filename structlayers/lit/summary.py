@@ -79,7 +79,7 @@ def count_flops(model: nn.Module, x: Tensor) -> int:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values. (functional_call would leave the buffers of modules that occur twice on the meta device.)"""
+    """A copy without values. functional_call would leave buffers of modules that occur twice on the meta device."""
     known: dict[int, Tensor] = {id(value): nn.Parameter(value.to("meta"), False) for value in model.parameters()}
     known |= {id(value): value.to("meta") for value in model.buffers()}
     return copy.deepcopy(model, known)
