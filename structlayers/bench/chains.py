@@ -1,8 +1,8 @@
 """Time products with whole chains beside dense: ``python -m structlayers.bench chains [options]``.
 
-Every output is checked against the float64 oracle first. Up to a batch of 64, and in the suite of frozen layers, a
-graph replays calls with copies of the weights in turn, so that they come from memory and the host takes no part; else
-one eager call is timed after the L2 was flushed. Rows go to a JSON-lines file, which a later run goes on with.
+Every output is checked against the float64 oracle first. A captured graph is replayed, so that the host takes no part:
+up to a batch of 64 with calls that use copies of the weights in turn, so that they come from memory; else with one
+call, after the L2 was flushed. Rows go to a JSON-lines file, which a later run goes on with.
 """
 
 import argparse
@@ -55,23 +55,22 @@ from structlayers.errors import BackendError, ChainError, ConfigError, DataError
 from structlayers.problem import Layout
 from structlayers.tolerances import tolerance
 
-EVENTS, GRAPH = "eager call, L2 flushed", "graph replay, weights in turn"
-ON_CPU = {EVENTS: "eager call", GRAPH: "calls in turn, weights in turn"}
+EAGER, GRAPH, IN_TURN = "eager call, L2 flushed", "graph replay, L2 flushed", "graph replay, weights in turn"
+ON_CPU = {EAGER: "eager call", GRAPH: "eager call", IN_TURN: "calls in turn, weights in turn"}
 _LARGEST_SMALL_BATCH = 64
 
 
 @dataclass(frozen=True)
 class ChainConditions:
-    """Where and how chains are timed. ``timing``: "events", "graph", or "auto", a graph up to a batch of 64."""
+    """Where and how chains are timed. ``timing``: "graph", or "eager", where what the host needs for a call counts."""
 
     device: torch.device
     plan: TimingPlan
-    timing: str = "auto"
+    timing: str = "graph"
     seed: int = 0
 
     def how(self, n: int) -> str:
-        graph = self.timing == "graph" or (self.timing == "auto" and n <= _LARGEST_SMALL_BATCH)
-        how = GRAPH if graph else EVENTS
+        how = EAGER if self.timing == "eager" else IN_TURN if n <= _LARGEST_SMALL_BATCH else GRAPH
         return how if self.device.type == "cuda" else ON_CPU[how]
 
 
@@ -108,6 +107,7 @@ def _time_chain(
     expected = oracle(chain, weights, x[rows] if first else x[:, rows].T)
 
     results: list[Result] = []
+    single: dict[str, Callable[[], object]] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name in contenders:
         results.append(result := Result(name))
@@ -118,14 +118,14 @@ def _time_chain(
             if result.status == TIMED:
                 call = partial(made.call, x)
                 result.peak_memory_bytes, _ = peak_memory(call, device)
+                single[name] = call
                 calls[name] = _call_to_time(result, made, x, conditions, n)
         except Exception as error:  # out of memory, no kernels, a launch that failed: the row says which
             result.status, result.reason = FAILED, describe_error(error)
             _release_memory(device)
     by_name = {result.contender: result for result in results}
-    graph = conditions.how(n) in (GRAPH, ON_CPU[GRAPH])
-    # Clean lines between replays; and a flush hides what the host needs to launch a graph.
-    plan = replace(conditions.plan, flush_by="read") if graph else conditions.plan
+    # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
+    plan = replace(conditions.plan, flush_by="read") if _takes_turns(conditions, n) else conditions.plan
     for name, timing in time_interleaved(calls, device, plan).items():
         result = by_name[name]
         if not isinstance(timing, Timing):
@@ -133,8 +133,8 @@ def _time_chain(
             continue
         result.set_timing(timing.per_call(result.copies or 1))
         if energy is not None:
-            # The graph already has its calls, each with its own weights.
-            energy.fill(result, calls[name], n, calls=result.copies)
+            # A graph with weights in turn already has its calls; otherwise the meter makes a graph of many.
+            energy.fill(result, calls[name] if result.copies else single[name], n, calls=result.copies)
     return results
 
 
@@ -153,20 +153,20 @@ def _check(result: Result, made: ChainCall, x: Tensor, rows: Tensor, expected: T
     result.status = DISAGREES if result.reason else TIMED
 
 
+def _takes_turns(conditions: ChainConditions, n: int) -> bool:
+    return conditions.how(n) in (IN_TURN, ON_CPU[IN_TURN])
+
+
 def _call_to_time(
     result: Result, made: ChainCall, x: Tensor, conditions: ChainConditions, n: int
 ) -> Callable[[], object]:
-    device = conditions.device
-    if conditions.how(n) in (EVENTS, ON_CPU[EVENTS]):
-        return partial(made.call, x)
-    # Beyond small batches the input comes from memory too, as after the layer before it.
-    rotates_x = n > _LARGEST_SMALL_BATCH
+    call = partial(made.call, x)
+    if not _takes_turns(conditions, n):
+        return in_turn([call], conditions.device) if conditions.how(n) == GRAPH else call
     read = made.weight_bytes if made.read_bytes is None else made.read_bytes
-    count = copies_beyond_cache(read + (x.nbytes if rotates_x else 0), device)
-    copies = [made, *(made.copy() for _ in range(count - 1))]
-    inputs = [x, *(x.clone() for _ in range(count - 1))] if rotates_x else [x] * count
-    result.copies = count
-    return in_turn([partial(each.call, own) for each, own in zip(copies, inputs, strict=True)], device)
+    result.copies = copies_beyond_cache(read, conditions.device)
+    copies = [made, *(made.copy() for _ in range(result.copies - 1))]
+    return in_turn([partial(each.call, x) for each in copies], conditions.device)
 
 
 def _release_memory(device: torch.device) -> None:
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=[], help="instead of the suite's")
     add("--layouts", nargs="+", choices=[layout.value for layout in Layout], default=["batch_first"])
     add("--contenders", nargs="+", default=[], choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
-    add("--timing", choices=("auto", "events", "graph"), default="auto")
+    add("--timing", choices=("graph", "eager"), default="graph", help="eager: with what the host needs for a call")
     add("--most-features", type=int, default=2**31, help="leave wider chains out, on a small machine")
     add("--plot", type=Path, help="write a PNG of the rows over width and batch")
     add("--summary", action="store_true", help="only print the table of the rows in the file")
@@ -213,8 +213,7 @@ def measure(options: argparse.Namespace) -> Iterator[CaseRow]:
     """Rows of the cases that the file does not have yet, one after the other."""
     device = device_of(options.device)
     plan = TimingPlan(budget_s=options.budget, min_samples=options.samples[0], max_samples=options.samples[1])
-    timing = "graph" if options.suite == "frozen" and options.timing == "auto" else options.timing
-    conditions = ChainConditions(device, plan, timing)
+    conditions = ChainConditions(device, plan, options.timing)
     cases = chain_cases(options.suite, options.chains, options.batches, options.dtypes, options.layouts)
     done: dict[tuple[object, ...], set[str]] = {}
     for row in read_rows(options.out):

@@ -6,12 +6,12 @@ import torch
 from structlayers import Chain, KSLinear
 from structlayers.bench import chain_training
 from structlayers.bench.chain_cases import ChainCase
-from structlayers.bench.chains import GRAPH, ChainConditions, time_chain
+from structlayers.bench.chains import EAGER, GRAPH, ChainConditions, time_chain
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.models import Graphed, ModelSweep, random_input, time_model
 from structlayers.bench.nvml import device_state
 from structlayers.bench.results import Result
-from structlayers.bench.timing import TimingPlan, copies_beyond_cache, in_turn
+from structlayers.bench.timing import TimingPlan, in_turn
 from structlayers.bench.training_step import CONTENDERS, StepCase, time_step
 from structlayers.surgery import swap_linears
 
@@ -34,16 +34,12 @@ def test_every_way_to_compute_a_chain_is_timed(n, dtype):
     assert results[4].plan and results[5].plan
 
 
-def test_inputs_rotate_too_in_the_suite_of_frozen_layers():
-    conditions = ChainConditions(DEVICE, PLAN, "graph")
-    results = time_chain(ChainCase(MONARCH, "", 1024, "bfloat16"), ["dense", "frozen"], conditions)
-    assert conditions.how(1024) == GRAPH
-    assert [(r.status, r.reason) for r in results] == [("timed", "")] * 2
-    assert all(r.copies == copies_beyond_cache(r_bytes(r), DEVICE) for r in results[:1])
-
-
-def r_bytes(result):
-    return result.weight_bytes + 1024 * 256 * 2
+def test_large_batches_are_replayed_too_and_eager_calls_on_demand():
+    for timing, expected in (("graph", GRAPH), ("eager", EAGER)):
+        conditions = ChainConditions(DEVICE, PLAN, timing)
+        results = time_chain(ChainCase(MONARCH, "", 1024, "bfloat16"), ["dense", "frozen"], conditions)
+        assert conditions.how(1024) == expected
+        assert [(r.status, r.reason, r.copies) for r in results] == [("timed", "", None)] * 2
 
 
 def test_a_graph_makes_every_call_again():
