@@ -1,6 +1,8 @@
 // Registers the compiled kernels with PyTorch through its stable ABI. Schemas, checks and gradients live in Python
 // (structlayers/ops.py, structlayers/backends/cuda.py); here a tensor becomes a Product and a tile number a launch.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
@@ -8,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,6 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "merge.h"
 #include "pair.h"
 #include "tiles.h"
 #include "weight_grad.h"
@@ -248,6 +252,57 @@ Tensor cuda_weight_grad(const Tensor& dy, const Tensor& x, int64_t a, int64_t b,
   return dw;
 }
 
+// The product of every run of neighbours: `lengths` says how many of `weights` (a, d, b, c), contiguous, of one dtype and
+// device, in written order and chainable, each run has. Returns one contiguous weight a run.
+std::vector<Tensor> cuda_merge(const std::vector<Tensor>& weights, const std::vector<int64_t>& lengths) {
+  require(!weights.empty() && !lengths.empty() && lengths.size() <= kMostMergeRuns, "cuda_merge expects 1 to " +
+          std::to_string(kMostMergeRuns) + " runs of weights");
+  const Tensor& like = weights.front();
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(like.get(), &dtype);
+  MergeRuns runs{};
+  std::vector<Tensor> products;
+  size_t used = 0;
+  for (const int64_t length : lengths) {
+    require(length > 0 && length <= kMostMergedFactors && used + length <= weights.size(), "cuda_merge expects runs of 1 to " +
+            std::to_string(kMostMergedFactors) + " of the weights");
+    MergeRun& run = runs.runs[runs.count++];
+    run.count = static_cast<int>(length);
+    for (int q = 0; q < run.count; ++q) {
+      const Tensor& w = weights[used++];
+      require(w.is_cuda() && w.dim() == 4 && w.is_contiguous() && w.scalar_type() == like.scalar_type() && w.get_device_index() == device,
+              "cuda_merge expects contiguous CUDA weights (a, d, b, c) of one dtype on one device");
+      const int64_t a = w.size(0), d = w.size(1), b = w.size(2), c = w.size(3);
+      require(a > 0 && b > 0 && c > 0 && d > 0 && a * b * d <= most && a * c * d <= most, "a factor with more than 2^31 - 1 features, or none");
+      run.factors[q] = {w.data_ptr(), static_cast<int>(a), static_cast<int>(b), static_cast<int>(c), static_cast<int>(d)};
+      if (q == 0) continue;
+      const MergeFactor &left = run.factors[q - 1], &right = run.factors[q];
+      require(int64_t{left.a} * left.c * left.d == int64_t{right.a} * right.b * right.d && right.a % left.a == 0 &&
+                  left.d % right.d == 0 && int64_t{left.a} * left.c % right.a == 0,
+              "cuda_merge expects chainable neighbours");
+    }
+    const MergeFactor &first = run.factors[0], &last = run.factors[run.count - 1];
+    const int64_t b = int64_t{first.b} * first.d / last.d, c = int64_t{last.a} * last.c / first.a;
+    const int64_t sizes[4] = {first.a, last.d, b, c}, strides[4] = {last.d * b * c, b * c, c, 1};
+    products.push_back(empty(like, dtype, 4, sizes, strides));
+    run.out = products.back().data_ptr();
+  }
+  require(used == weights.size(), "cuda_merge expects lengths that add up to the number of weights");
+  const cudaStream_t stream = current_stream(device);
+  const ScalarType type = like.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+          "cuda_merge knows float32, float16 and bfloat16");
+  const cudaError_t error = type == ScalarType::Float  ? launch_merge<float>(runs, stream)
+                            : type == ScalarType::Half ? launch_merge<__half>(runs, stream)
+                                                       : launch_merge<__nv_bfloat16>(runs, stream);
+  require(error == cudaSuccess, "a product of " + std::to_string(weights.size()) + " factors did not start: " +
+                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  return products;
+}
+
 }  // namespace
 }  // namespace structlayers
 
@@ -263,5 +318,6 @@ extern "C" int structlayers_built_for_sm90a() {
 STABLE_TORCH_LIBRARY_IMPL(structlayers, CUDA, library) {
   library.impl("cuda_product", TORCH_BOX(&structlayers::cuda_product));
   library.impl("cuda_pair", TORCH_BOX(&structlayers::cuda_pair));
+  library.impl("cuda_merge", TORCH_BOX(&structlayers::cuda_merge));
   library.impl("cuda_weight_grad", TORCH_BOX(&structlayers::cuda_weight_grad));
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from structlayers.errors import ConfigError
 from structlayers.patterns import Chain
-from structlayers.plans import BATCHES, ChainProblem, Form, choose_form, choose_forms
+from structlayers.plans import BATCHES, ChainProblem, Form, choose_form, choose_forms, hold
 from structlayers.problem import Layout
 
 
@@ -107,17 +107,18 @@ class FrozenFactors(nn.Module):
         with torch.no_grad(), torch.inference_mode(False):
             # Clones in memory of their own: not even an alias that somebody took before reaches them.
             factors = [parameter.detach().clone(memory_format=torch.contiguous_format) for parameter in parameters]
-            working = _working(factors)
+            operands = list(dict.fromkeys(operand for form in forms for operand in form.operands))
+            derived = [operand for operand in operands if operand.is_derived]
+            values = dict(
+                zip(derived, hold(derived, _working(factors), chain.in_features, chain.out_features), strict=True)
+            )
             # As parameters their sizes are constants for torch.compile, whatever is dynamic.
             held = {
                 operand: nn.Parameter(
-                    operand.of(working, chain.in_features, chain.out_features).to(first.dtype).contiguous()
-                    if operand.is_derived
-                    else factors[operand.start],
+                    values[operand].to(first.dtype).contiguous() if operand in values else factors[operand.start],
                     requires_grad=False,
                 )
-                for form in forms
-                for operand in form.operands
+                for operand in operands
             }
         chains = [form.chain for form in forms]
         chosen = tuple((n, choose_form(chains, replace(problem, n=n))[0]) for n in sizes)

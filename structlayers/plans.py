@@ -15,11 +15,11 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-from structlayers.backends import auto, fused, resolve, tuning
+from structlayers.backends import auto, cuda, fused, merging, resolve, tuning
 from structlayers.backends.fused import PairProblem
 from structlayers.backends.prepare import prepare as prepare_factor
 from structlayers.backends.tiles import SMALL_BATCH_ROWS
-from structlayers.factorize import merge_weights, to_dense
+from structlayers.factorize import to_dense
 from structlayers.patterns import Chain, Pattern
 from structlayers.problem import Layout, Problem
 
@@ -85,21 +85,25 @@ class Operand:
     def is_derived(self) -> bool:
         return self.written_out or self.stop - self.start > 1
 
-    def of(self, weights: Sequence[Tensor], in_features: int, out_features: int) -> Tensor:
-        """The weight itself, or the product of the weights; differentiable."""
-        if self.written_out:
-            return to_dense(weights, in_features, out_features)[None, None]
-        weight = weights[self.start]
-        for right in weights[self.start + 1 : self.stop]:
-            weight = merge_weights(weight, right)
-        return weight
-
     def __str__(self) -> str:
         name = f"factor {self.start + 1}" if self.stop - self.start == 1 else f"factors {self.start + 1}-{self.stop}"
         entries = "({},{},{},{})".format(*self.pattern)
         if self.written_out:
             return f"{name} as one dense {self.pattern.b} x {self.pattern.c} matrix"
         return f"{name} multiplied to {entries}" if self.is_derived else f"{name} {entries}"
+
+
+def hold(operands: Sequence[Operand], weights: Sequence[Tensor], in_features: int, out_features: int) -> list[Tensor]:
+    """What each operand of a chain's weights holds: a weight itself, or a product of several; differentiable."""
+    merged = [operand for operand in operands if operand.is_derived and not operand.written_out]
+    products = iter(merging.merge([weights[operand.start : operand.stop] for operand in merged]) if merged else ())
+    held = []
+    for operand in operands:
+        if operand.written_out:
+            held.append(to_dense(weights, in_features, out_features)[None, None])
+        else:
+            held.append(next(products) if operand.is_derived else weights[operand.start])
+    return held
 
 
 @dataclass(frozen=True)
@@ -220,11 +224,11 @@ def _cheapest(candidates: Iterator[Step], length: int) -> list[Step]:
     return best[length][1]
 
 
-def _steps(problem: ChainProblem, merging: str, fuse: bool, most_bytes: float = float("inf")) -> Iterator[Step]:
-    """Every step that may be part of a plan; ``most_bytes`` bounds each derived weight."""
+def _steps(problem: ChainProblem, when: str, fuse: bool, most_bytes: float = float("inf")) -> Iterator[Step]:
+    """Every step that may be part of a plan; ``when`` neighbours are merged, ``most_bytes`` bounds a derived weight."""
     chain, itemsize = problem.chain, problem.dtype.itemsize
     merged: dict[tuple[int, int], tuple[Operand, float]] = {}
-    for operand, merge_s in _operands(problem, merging):
+    for operand, merge_s in _operands(problem, when):
         if operand.is_derived and operand.pattern.nnz * itemsize > most_bytes:
             continue
         if not operand.written_out:
@@ -254,25 +258,27 @@ def _written_out_backend(single: Problem) -> str:
     return "cuda" if few and resolve("auto", single).name == "cuda" else "dense"
 
 
-def _operands(problem: ChainProblem, merging: str) -> Iterator[tuple[Operand, float]]:
+def _operands(problem: ChainProblem, when: str) -> Iterator[tuple[Operand, float]]:
     """The factors and their products, with the seconds that making each takes at a call."""
     chain = problem.chain
     for start, pattern in enumerate(chain):
         yield Operand(start, start + 1, pattern), 0.0
-        merge_s = 0.0
-        for stop in range(start + 2, len(chain) + 1 if merging != "never" else 0):
+        by_torch_s = 0.0
+        for stop in range(start + 2, len(chain) + 1 if when != "never" else 0):
             link = pattern.link(chain[stop - 1])
             if link is None:
                 break
             pattern = link.product
-            if merging == "each call":
-                merge_s += auto.merge_cost_s(link, problem.dtype, problem.device_type)
-            yield Operand(start, stop, pattern), merge_s
-    if merging == "never" or (merging == "each call" and chain.is_chainable):
+            by_torch_s += auto.merge_cost_s(link, problem.dtype, problem.device_type)
+            n_products = merging.n_products(chain.patterns[start:stop])
+            compiled = n_products is not None and cuda.reason_against(problem.single(pattern)) is None
+            merge_s = auto.compiled_merge_cost_s(n_products or 0) if compiled else by_torch_s
+            yield Operand(start, stop, pattern), merge_s if when == "each call" else 0.0
+    if when == "never" or (when == "each call" and chain.is_chainable):
         # Unfrozen, the product of all factors and the dense backend are the same, and cheaper.
         return
     seconds = 0.0
-    if merging == "each call":
+    if when == "each call":
         # As many products as factors, each with as many columns as the input has features.
         columns = ChainProblem(chain, chain.in_features, problem.dtype, problem.device_type, problem.layout)
         seconds = sum(auto.cost_s("bmm", columns.single(pattern)) for pattern in chain)
@@ -312,35 +318,37 @@ def _notes(problem: ChainProblem, steps: Sequence[Step], mode: str) -> Iterator[
 
 def prepare(chosen: Plan, activation: str = "none") -> ChainProduct:
     """The product that a plan describes, bias and activation included, as a function."""
-    problem = chosen.problem
+    problem, operands = chosen.problem, chosen.operands
     sizes = problem.chain.in_features, problem.chain.out_features
-    products = [_prepare_step(problem, step, activation if step.start == 0 else "none", sizes) for step in chosen.steps]
+    products = []
+    for step in chosen.steps:
+        product = _prepare_step(problem, step, activation if step.start == 0 else "none", sizes[1])
+        products.append((product, operands.index(step.operands[0]), operands.index(step.operands[-1]) + 1))
+    derives = any(operand.is_derived for operand in operands)
 
-    def product(
+    def multiply(
         x: Tensor,  # (N, in_features), batch-last (in_features, N)
         weights: Sequence[Tensor],  # one (a, d, b, c) per factor, written order
         bias: Tensor | None,  # (out_features,)
     ) -> Tensor:  # (N, out_features), batch-last (out_features, N)
-        for multiply in products[:0:-1]:
-            x = multiply(x, weights, None)
-        return products[0](x, weights, bias)
+        held = hold(operands, weights, *sizes) if derives else weights
+        for product, start, stop in products[:0:-1]:
+            x = product(x, *held[start:stop], None)
+        product, start, stop = products[0]
+        return product(x, *held[start:stop], bias)
 
-    return products[0] if len(products) == 1 else product
+    return multiply
 
 
-def _prepare_step(problem: ChainProblem, step: Step, activation: str, sizes: tuple[int, int]) -> ChainProduct:
-    first = step.operands[0]
+def _prepare_step(problem: ChainProblem, step: Step, activation: str, out_features: int) -> Callable[..., Tensor]:
+    """The product of a step as a function of x, the weights of its operands, and a bias or None."""
     if step.backend == FUSED:
-        left, right = step.operands
-        pair = _pair(problem, left, right)
+        pair = _pair(problem, *step.operands)
         assert pair is not None
-        both = fused.prepare(pair, activation)
-        return lambda x, weights, bias: both(x, left.of(weights, *sizes), right.of(weights, *sizes), bias)
-    rows = sizes[1] if step.start == 0 else first.pattern.out_features
-    multiply = prepare_factor(problem.single(first.pattern), activation, rows, step.backend)
-    if not first.is_derived:
-        return lambda x, weights, bias: multiply(x, weights[first.start], bias)
-    return lambda x, weights, bias: multiply(x, first.of(weights, *sizes), bias)
+        return fused.prepare(pair, activation)
+    (operand,) = step.operands
+    rows = out_features if step.start == 0 else operand.pattern.out_features
+    return prepare_factor(problem.single(operand.pattern), activation, rows, step.backend)
 
 
 # ---- what a frozen chain holds

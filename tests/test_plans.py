@@ -137,6 +137,10 @@ def test_a_butterfly_is_two_merged_parts_in_one_pass(gpu):
         monarch = plan_problem(on_gpu(Chain.monarch(width, width, 2**half), 25_088))
         assert shape(monarch) == [("fused", ((0, 1), (1, 2)))]
         assert step.cost_s <= monarch.cost_s
+        # One launch multiplies each half at a call, too little for another plan to be better.
+        unfrozen = plan_problem(on_gpu(Chain.butterfly(width), 25_088))
+        assert shape(unfrozen) == shape(plan_problem(on_gpu(Chain.butterfly(width), 25_088), "frozen"))
+        assert unfrozen.cost_s <= 1.2 * monarch.cost_s
 
 
 def test_a_butterfly_is_merged_on_a_cpu_too():

@@ -254,6 +254,8 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
 CPU_MERGE_CALL_S, CPU_MERGE_ELEMENT_S = 1.3e-5, 1.3e-9
 # Both factors and the product are permuted around one batched product.
 GPU_MERGE_CALLS = 4
+# The compiled kernel of merging.py: a launch, and its multiply-adds.
+MERGE_CALL_S, MERGE_PRODUCTS_PER_S = 3e-6, 2e11
 
 
 def merge_cost_s(link: Link, dtype: torch.dtype, device_type: str) -> float:
@@ -264,6 +266,11 @@ def merge_cost_s(link: Link, dtype: torch.dtype, device_type: str) -> float:
         return CPU_MERGE_CALL_S + CPU_MERGE_ELEMENT_S * elements + SECONDS_PER_FLOP * flops
     traffic = elements * dtype.itemsize / COPY_BYTES_PER_S / BMM_PERMUTED_SHARE
     return GPU_MERGE_CALLS * CALL_S + traffic + flops / _gpu_rates(dtype, False).matmul
+
+
+def compiled_merge_cost_s(n_products: int) -> float:
+    """Estimated seconds of multiplying a run of neighbours into one by the compiled kernel."""
+    return MERGE_CALL_S + n_products / MERGE_PRODUCTS_PER_S
 
 
 def cost_s(name: str, problem: Problem, tuned: Entry | None = None) -> float:

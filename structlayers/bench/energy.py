@@ -11,8 +11,9 @@ from structlayers.bench.results import Result
 from structlayers.bench.rows import Row
 from structlayers.bench.timing import in_turn
 
-# A window of so many counter periods keeps the error of its two ends below a tenth.
-_LEAST_PERIODS = 10
+# Both ends of a window are ticks of the counter, each seen within one batch of launches: 2 % of so many periods of
+# 0.1 s, as an H100's counter has.
+_LEAST_PERIODS = 5
 # So long is one batch of launches between two readings, and the graph that a launch replays.
 _CHUNK_S = 5e-3
 _GRAPH_S = 2e-3
@@ -38,7 +39,7 @@ class Energy:
 class EnergyMeter:
     """Measures calls by ``read_j``, the energy used so far in joules; ``finish`` waits until the device is idle.
 
-    ``window_s`` grows to ten periods of the counter, which is found out first, with ``idle_power_w``.
+    ``window_s`` grows to five periods of the counter, which is found out first, with ``idle_power_w``.
     Raises :class:`EnergyError` if the counter does not move.
     """
 

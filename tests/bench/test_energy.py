@@ -8,6 +8,7 @@ import torch
 
 from structlayers.bench import nvml
 from structlayers.bench.energy import EnergyColumn, EnergyError, EnergyMeter
+from structlayers.bench.products import fill_energy
 from structlayers.bench.results import Result
 
 
@@ -59,8 +60,22 @@ def test_energy_of_a_call_and_idle_power(gpu):
 def test_the_window_has_many_periods_of_a_slow_counter(gpu):
     gpu.period_s = 0.4
     meter = meter_of(gpu, window_s=0.5)
-    assert meter.window_s >= 10 * 0.4 * 0.9
+    assert meter.window_s >= 5 * 0.4 * 0.9
     assert meter.measure(gpu.call).per_call_j == pytest.approx(0.25, rel=0.05)
+
+
+def test_what_cannot_use_least_is_not_measured():
+    class Column:
+        def fill(self, result, call, n):
+            result.energy_j = call() * n
+
+    times = {"einsum": 5.0, "bmm": 2.0, "dense": 4.0, "cuda": 9.0, "auto": 1.0, "cuda/run4": 20.0, "dense_built": None}
+    results = [Result(name, p50_ms=time) for name, time in times.items()]
+    fill_energy(results, {name: lambda: 0.5 for name in times}, 10, Column())
+    measured = {result.contender for result in results if result.energy_j == 5.0}
+    assert measured == {"bmm", "dense", "cuda", "auto", "cuda/run4"}
+    assert [r.contender for r in results if r.energy_reason] == ["einsum"]
+    assert "more than 2 times the time of another" in results[0].energy_reason
 
 
 def test_a_counter_that_stands_still_is_an_error(gpu):

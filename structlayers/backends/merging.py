@@ -1,0 +1,73 @@
+"""Chainable neighbours multiplied into one factor: by the compiled kernel (csrc/merge.cu) where it pays, or torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, reduce
+
+import torch
+from torch import Tensor
+
+from structlayers._extension import why_missing
+from structlayers.factorize import merge_weights
+from structlayers.patterns import Pattern
+
+_library = torch.library.Library("structlayers", "FRAGMENT")
+# Implemented in csrc/register.cpp: the products of runs of neighbours, so many weights each, in one launch.
+_library.define("cuda_merge(Tensor[] weights, int[] lengths) -> Tensor[]")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of csrc/merge.h: factors in a run, runs in a launch, elements of a row of the product.
+MOST_FACTORS, MOST_RUNS, MOST_ROW = 16, 4, 4096
+# Multiply-adds of a run beyond which the tensor cores behind torch.matmul are ahead of one launch of plain ones.
+MOST_PRODUCTS = 2**22
+
+
+def fits(patterns: tuple[Pattern, ...]) -> bool:
+    """Whether the compiled kernel is made for the product of these neighbours, chainable and in written order."""
+    return n_products(patterns) is not None
+
+
+@lru_cache(maxsize=4096)
+def n_products(patterns: tuple[Pattern, ...]) -> int | None:
+    """Multiply-adds of the compiled kernel; None where it is not made for these neighbours."""
+    if not 1 < len(patterns) <= MOST_FACTORS:
+        return None
+    product, count, widest = patterns[0], 0, patterns[0].c
+    for pattern in patterns[1:]:
+        link = product.link(pattern)
+        if link is None:
+            return None
+        product = link.product
+        count += product.nnz * link.rank
+        widest = max(widest, product.c)
+    return count if widest <= MOST_ROW and count <= MOST_PRODUCTS else None
+
+
+def merge(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The product of every run of chainable weights (a, d, b, c) in written order, as one weight each; differentiable.
+
+    The compiled kernel rounds once; products by torch round after every factor.
+    """
+    if all(_takes_kernel(run) for run in runs):
+        products: list[Tensor] = []
+        for start in range(0, len(runs), MOST_RUNS):
+            together = runs[start : start + MOST_RUNS]
+            weights = [weight.contiguous() for run in together for weight in run]
+            products += torch.ops.structlayers.cuda_merge(weights, [len(run) for run in together])
+        return products
+    return [reduce(merge_weights, run) for run in runs]
+
+
+def _takes_kernel(run: Sequence[Tensor]) -> bool:
+    if run[0].device.type != "cuda" or run[0].dtype not in DTYPES or not has_kernel():
+        return False
+    # The kernel has no gradient.
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in run):
+        return False
+    return fits(tuple(Pattern.of_weight(weight.shape) for weight in run))
+
+
+def has_kernel() -> bool:
+    """Whether the compiled kernels are there, and new enough to hold this one."""
+    return why_missing() is None and torch._C._dispatch_has_kernel_for_dispatch_key("structlayers::cuda_merge", "CUDA")

@@ -1,0 +1,41 @@
+"""Products of neighbouring factors: which of them the compiled kernel takes, and that torch's are the same."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import pytest
+import torch
+
+from structlayers import Chain, Pattern
+from structlayers.backends import merging
+from structlayers.factorize import merge_weights
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (Chain.butterfly(1024).patterns[:5], True),
+        (Chain.butterfly(1024).patterns, True),
+        (Chain.butterfly(4096).patterns, False),
+        (Chain.monarch(64, 64, 8).patterns, True),
+        (Chain.monarch(4096, 4096, 64).patterns, False),  # the tensor cores are faster
+        (Chain.butterfly(2**13).patterns, False),  # a row of 8,192 elements
+        (Chain.butterfly(2**5).patterns[:1], False),
+        ((Pattern(1, 2, 3, 4), Pattern(5, 2, 3, 1)), False),  # not chainable
+        ((Pattern(1, 1, 1, 1),) * 17, False),
+    ],
+    ids=str,
+)
+def test_what_the_compiled_kernel_is_made_for(run, expected):
+    assert merging.fits(tuple(run)) is expected
+
+
+def test_runs_are_multiplied_in_order_and_gradients_flow():
+    chains = [Chain.butterfly(16), Chain.parse("(2,3,4,2)(4,4,5,1)")]
+    runs = [[torch.randn(p.weight_shape, dtype=torch.float64, requires_grad=True) for p in chain] for chain in chains]
+    products = merging.merge(runs)
+    for run, product in zip(runs, products, strict=True):
+        assert torch.equal(product, reduce(merge_weights, run))
+    gradients = torch.autograd.grad(sum(product.sum() for product in products), [w for run in runs for w in run])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
