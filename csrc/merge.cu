@@ -52,7 +52,18 @@ __host__ __device__ inline Merged merged(const MergeRun& run) {
 
 __host__ __device__ inline unsigned ctas(const Merged& p) { return static_cast<unsigned>(p.a) * p.d * p.tiles; }
 
-template <typename T>
+// Sizes that are all powers of two, as those of butterflies, need no division, which would be most of the instructions.
+template <bool Powers>
+__device__ __forceinline__ int quotient(int n, int size) {
+  return Powers ? n >> (31 - __clz(size)) : n / size;
+}
+
+template <bool Powers>
+__device__ __forceinline__ int remainder(int n, int size) {
+  return Powers ? n & (size - 1) : n % size;
+}
+
+template <typename T, bool Powers>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ MergeRuns runs) {
   extern __shared__ float products[];
   unsigned cta = blockIdx.x;
@@ -71,19 +82,19 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   for (int q = 0; q < run.count; ++q) {
     const MergeFactor& factor = run.factors[q];
     const T* w = static_cast<const T*>(factor.w);
-    const int alpha = factor.a / p.a, next = alpha * factor.c, rank = width / alpha;
-    const int left_d = q == 0 ? factor.d : run.factors[q - 1].d, delta = left_d / factor.d;
+    const int alpha = quotient<Powers>(factor.a, p.a), next = alpha * factor.c, rank = quotient<Powers>(width, alpha);
+    const int left_d = q == 0 ? factor.d : run.factors[q - 1].d, delta = quotient<Powers>(left_d, factor.d);
     const bool last = q == run.count - 1;
     for (int element = threadIdx.x; element < rows * next; element += kMergeThreads) {
-      const int row = element / next, k = element % next, s = k / factor.c;
+      const int row = quotient<Powers>(element, next), k = remainder<Powers>(element, next), s = quotient<Powers>(k, factor.c);
       const int r = (j0 + row) * p.d + l;  // within block i, whose rows begin at a multiple of every d
-      const int lq = r % factor.d;
-      const T* column = w + (static_cast<int64_t>(i * alpha + s) * factor.d + lq) * factor.b * factor.c + k % factor.c;
+      const int lq = remainder<Powers>(r, factor.d);
+      const T* column = w + (static_cast<int64_t>(i * alpha + s) * factor.d + lq) * factor.b * factor.c + remainder<Powers>(k, factor.c);
       float sum = 0.f;
       if (q == 0) {
-        sum = to_float(column[static_cast<int64_t>(r / factor.d) * factor.c]);
+        sum = to_float(column[static_cast<int64_t>(quotient<Powers>(r, factor.d)) * factor.c]);
       } else {
-        const int lambda = r % left_d / factor.d;
+        const int lambda = quotient<Powers>(remainder<Powers>(r, left_d), factor.d);
         const float* v = from + row * width + s * rank;
         for (int rho = 0; rho < rank; ++rho) sum = fmaf(v[rho], to_float(column[static_cast<int64_t>(lambda + delta * rho) * factor.c]), sum);
       }
@@ -107,13 +118,19 @@ template <typename T>
 cudaError_t launch_merge(const MergeRuns& runs, cudaStream_t stream) {
   unsigned count = 0;
   int floats = 0;
+  bool powers = true;
   for (int q = 0; q < runs.count; ++q) {
     const Merged p = merged(runs.runs[q]);
     if (p.floats > kMostMergedRow) return cudaErrorInvalidValue;
     count += ctas(p);
     floats = std::max(floats, p.floats);
+    for (int f = 0; f < runs.runs[q].count; ++f) {
+      const MergeFactor& factor = runs.runs[q].factors[f];
+      for (const int size : {factor.a, factor.b, factor.c, factor.d}) powers = powers && (size & (size - 1)) == 0;
+    }
   }
-  merge_kernel<T><<<count, kMergeThreads, 2 * floats * sizeof(float), stream>>>(runs);
+  const auto kernel = powers ? merge_kernel<T, true> : merge_kernel<T, false>;
+  kernel<<<count, kMergeThreads, 2 * floats * sizeof(float), stream>>>(runs);
   return cudaGetLastError();
 }
 

@@ -59,7 +59,7 @@ def test_products_are_those_of_the_oracle(dtype):
     for _ in range(40):
         check([random_run(rng) for _ in range(rng.randint(1, 6))], dtype)
     check([Chain.butterfly(1024).patterns], dtype)
-    for width in (64, 1024, 4096, 2**15):
+    for width in (64, 1024, 4096):
         patterns = Chain.butterfly(width).patterns
         half = len(patterns) // 2
         check([patterns[:half], patterns[half:]], dtype)
