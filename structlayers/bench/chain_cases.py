@@ -94,8 +94,8 @@ def forward_table() -> list[ChainCase]:
 def frozen_grid() -> list[ChainCase]:
     """Every shape on which a frozen layer may not be slower than dense: widths, blocks and batches in all combinations.
 
-    Without the chains that would leave parts of the weight zero; in an order that is always the same and of no shape, so
-    that the first minutes of a sweep are a sample of it.
+    Without the chains that would leave parts of the weight zero; in an order that is always the same and follows no
+    size, so that the first minutes of a sweep are a sample of it.
     """
     cases = []
     for n in FROZEN_BATCHES:
