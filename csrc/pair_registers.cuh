@@ -15,7 +15,7 @@
 //
 // With a cluster of two CTAs, each takes a tile of its own and fetches, for both, the weights of half of the l.
 //
-// Shared memory: Stages * StageBytes, rows of 64 of K swizzled as the copy engine does it; YSlots * YBytes, 32 j of all rows.
+// Shared memory: Stages * StageBytes, rows of 64 of K swizzled as the copy engine does it; YSlots * YBytes, 16 j of all rows, likewise.
 // Source: the decomposition of a chainable pair is that of arXiv:2411.04506; the kernel is new.
 #pragma once
 
@@ -34,17 +34,17 @@ template <typename T_, int Blocks_, int Cluster_>
 struct PairRegisterTile {
   using T = T_;
   static constexpr int Blocks = Blocks_, Cluster = Cluster_, Rank = 8 * Blocks;
-  static constexpr int Alpha = 4, Delta = 4, LW = Delta / 2, K = Alpha * Rank, J = 64;
+  static constexpr int Alpha = 4, Delta = 4, LW = Delta / 2, K = Alpha * Rank, J = Blocks == 6 ? 48 : 64;
   static constexpr int Rows = 64, Consumers = 256, Threads = Consumers + 128;
   static constexpr int RowBytes = 128, RowK = RowBytes / 2;
   // Of the weights, what one warpgroup multiplies by.
   static constexpr int XBytes = Rows * RowBytes, RightBytes = LW * Rank * RowBytes, LeftBytes = LW * J * RowBytes;
   static constexpr int StageBytes = std::max(XBytes + 2 * RightBytes, 2 * LeftBytes);
-  static constexpr int YJ = J / 2, YFeatures = YJ * Delta, YBoxBytes = Rows * RowBytes, YBytes = YFeatures / RowK * YBoxBytes;
+  static constexpr int YJ = RowK / Delta, YBytes = Rows * RowBytes;
   static constexpr int SharedBytes = 227 * 1024, Room = SharedBytes - 1024;
-  static constexpr int Stages = std::min(8, (Room - 2 * YBytes) / StageBytes);
-  static constexpr int YSlots = std::min(4, (Room - Stages * StageBytes) / YBytes);
-  static_assert(K % 16 == 0 && StageBytes % 1024 == 0 && Stages >= 3 && YSlots >= 2);
+  static constexpr int Stages = std::min(8, (Room - 4 * YBytes) / StageBytes);
+  static constexpr int YSlots = std::min(8, (Room - Stages * StageBytes) / YBytes);
+  static_assert(K % 16 == 0 && StageBytes % 1024 == 0 && Stages >= 3 && YSlots >= 4);
 };
 
 struct PairRegisterMaps {
@@ -56,7 +56,12 @@ class PairRegisters {
   using T = typename Tile::T;
   static constexpr int LW = Tile::LW, Blocks = Tile::Blocks, J = Tile::J, K = Tile::K;
   using Intermediate = uint32_t[LW][K / 16][4];
-  using Accumulators = float[LW][J / 8][4];
+  // Of both phases: the compiler finds room for them only where products of both have accumulators of the same size, in the same
+  // registers, or few. Hence, where the link rank is large, one l at a time, and as many j as ranks.
+  static constexpr int Together = Blocks <= 4 ? LW : 1;
+  static_assert(Together == LW || 8 * Blocks == J);
+  static constexpr int Held = std::max(LW * Blocks, LW * J / 8);
+  using Accumulators = float[Held][4];
 
   const PairRegisterMaps& maps;
   const Pair& p;
@@ -130,10 +135,7 @@ class PairRegisters {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int j = 0; j < p.b; j += Tile::YJ) {
         barrier_wait(y_full + 8 * y.slot, y.parity);
-#pragma unroll
-        for (int box = 0; box < Tile::YFeatures / Tile::RowK; ++box) {
-          store_box(maps.y, y_base + y.slot * Tile::YBytes + box * Tile::YBoxBytes, j * Tile::Delta + box * Tile::RowK, i, n0);
-        }
+        store_box(maps.y, y_base + y.slot * Tile::YBytes, j * Tile::Delta, i, n0);
         store_box_commit();
         store_box_wait_read();
         barrier_arrive(y_empty + 8 * y.slot);
@@ -155,20 +157,31 @@ class PairRegisters {
     }
   }
 
+  template <int Count>
+  __device__ static __forceinline__ float (&part(Accumulators& acc, int first))[Count][4] {
+    return reinterpret_cast<float(&)[Count][4]>(acc[first]);
+  }
+
   // One straight line, which the compiler needs to keep products in flight together.
-  __device__ __forceinline__ void multiply_right(float (&acc)[LW * Blocks][4], int slot, bool fresh) const {
+  __device__ __forceinline__ void multiply_right(Accumulators& acc, int slot, bool fresh) const {
     const uint32_t stage = shared + slot * Tile::StageBytes;
     const uint64_t x = descriptor(stage), w = descriptor(stage + Tile::XBytes + group * Tile::RightBytes);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Tile::RowK / 16; ++k) Wgmma<T, LW * Tile::Rank>::multiply(acc, x + 2 * k, w + 2 * k, fresh && k == 0);
+    for (int k = 0; k < Tile::RowK / 16; ++k) {
+#pragma unroll
+      for (int l = 0; l < LW; l += Together) {
+        constexpr int N = Together * Blocks;
+        const uint64_t w_l = w + l * (Tile::Rank * Tile::RowBytes / 16) + 2 * k;
+        Wgmma<T, 8 * N>::multiply(part<N>(acc, l * Blocks), x + 2 * k, w_l, fresh && k == 0);
+      }
+    }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void fill_t(Intermediate& t, Ring& ring) const {
+  __device__ __forceinline__ void fill_t(Accumulators& acc, Intermediate& t, Ring& ring) const {
 #pragma unroll
     for (int s = 0; s < Tile::Alpha; ++s) {
-      float acc[LW * Blocks][4];
       int step = 0;
       // The products of a second stage begin while those of the first are under way.
 #pragma unroll 1
@@ -228,8 +241,8 @@ class PairRegisters {
         for (int l = 0; l < LW; ++l) {
           const uint16_t bits = static_cast<uint16_t>(two >> (l * 16));
           const float bias = to_float(reinterpret_cast<const T&>(bits));
-          acc[l][g][odd] = bias;
-          acc[l][g][2 + odd] = bias;
+          acc[l * (J / 8) + g][odd] = bias;
+          acc[l * (J / 8) + g][2 + odd] = bias;
         }
       }
     }
@@ -251,7 +264,7 @@ class PairRegisters {
         if (at >= K / 16) break;
 #pragma unroll
         for (int l = 0; l < LW; ++l) {
-          WgmmaRegisters<T, J>::multiply(acc[l], t[l][at], w + l * (J * Tile::RowBytes / 16) + 2 * k, !biased && at == 0);
+          WgmmaRegisters<T, J>::multiply(part<J / 8>(acc, l * (J / 8)), t[l][at], w + l * (J * Tile::RowBytes / 16) + 2 * k, !biased && at == 0);
         }
       }
       wgmma_commit();
@@ -283,11 +296,11 @@ class PairRegisters {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
-          for (int odd = 0; odd < 2; ++odd) v[h * 2 + odd] = pack_two<T>(acc[0][g][2 * h + odd], acc[1][g][2 * h + odd]);
+          for (int odd = 0; odd < 2; ++odd) v[h * 2 + odd] = pack_two<T>(acc[g][2 * h + odd], acc[J / 8 + g][2 * h + odd]);
         }
         if (p.activation != kNone) activate_piece<T>(v, p.activation);
-        const int chunk = (q % 2 * 4 + lane % 4) ^ row;
-        const uint32_t place = corner + q / 2 * Tile::YBoxBytes + chunk * 16;
+        const int chunk = (q * 4 + lane % 4) ^ row;
+        const uint32_t place = corner + chunk * 16;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           store_shared_4(place + h * 8 * Tile::RowBytes, swapped ? v[2 * h + 1] : v[2 * h]);
@@ -303,12 +316,12 @@ class PairRegisters {
 
   __device__ __forceinline__ void multiply() const {
     Ring ring, y;
+    Accumulators acc;
     for (unsigned tile = first; tile < n_tiles; tile += clusters) {
       Intermediate t;
-      fill_t(t, ring);
+      fill_t(acc, t, ring);
 #pragma unroll 1
       for (int j0 = 0; j0 < p.b; j0 += J) {
-        Accumulators acc;
         multiply_left(acc, t, ring, tile % p.groups, j0);
         hand_over(acc, y, j0);
       }
