@@ -48,7 +48,7 @@ cudaError_t start_pair_registers(const Pair& p, cudaStream_t stream) {
   config.dynamicSmemBytes = Tile::SharedBytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = Tile::Cluster > 1 ? 1 : 0;
+  config.numAttrs = 1;
   int clusters;
   {
     std::lock_guard<std::mutex> lock(mutex);

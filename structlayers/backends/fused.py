@@ -1,4 +1,4 @@
-"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair.cuh)."""
+"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair.cuh, csrc/pair_registers.cuh)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ PIECE_BYTES = 16
 TILE_ROWS, SHARED_BYTES = 64, 227 * 1024
 MOST_FEATURES, MOST_ROWS = 2**31 - 1, 2**31 - 1 - TILE_ROWS
 CLUSTERS, STAGE_ROWS, MOST_STAGES = (1, 2, 4, 8), (256, 192, 128), 8
+# The pairs whose intermediate fits registers: alpha and delta, and the link ranks.
+REGISTER_BLOCKS, REGISTER_RANKS = 4, (16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class PairTile:
     """How the kernel cuts a pair: ``cluster`` CTAs that share the intermediate, rows of each weight in a stage.
 
     ``stages`` of the pipeline fit beside the intermediate; ``cycles`` is about what one tile of the batch takes a CTA.
+    Where the intermediate stays in registers, the rows are 0: the CTAs of a cluster take a tile each and share weights.
     """
 
     cluster: int
@@ -101,7 +104,18 @@ class PairTile:
         return self.cluster + 256 * (self.right_rows // 32) + 65_536 * (self.left_rows // 32)
 
     @property
+    def in_registers(self) -> bool:
+        return self.left_rows == 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the batch a cluster takes at once."""
+        return TILE_ROWS * (self.cluster if self.in_registers else 1)
+
+    @property
     def name(self) -> str:
+        if self.in_registers:
+            return f"cluster{self.cluster}_registers"
         return f"cluster{self.cluster}_rows{self.right_rows}x{self.left_rows}"
 
 
