@@ -34,17 +34,18 @@ template <typename T_, int Blocks_, int Cluster_>
 struct PairRegisterTile {
   using T = T_;
   static constexpr int Blocks = Blocks_, Cluster = Cluster_, Rank = 8 * Blocks;
-  static constexpr int Alpha = 4, Delta = 4, LW = Delta / 2, K = Alpha * Rank, J = Blocks == 6 ? 48 : 64;
+  static constexpr int Alpha = 4, Delta = 4, LW = Delta / 2, K = Alpha * Rank, J = Blocks <= 4 ? LW * Rank : Rank;
   static constexpr int Rows = 64, Consumers = 256, Threads = Consumers + 128;
   static constexpr int RowBytes = 128, RowK = RowBytes / 2;
   // Of the weights, what one warpgroup multiplies by.
   static constexpr int XBytes = Rows * RowBytes, RightBytes = LW * Rank * RowBytes, LeftBytes = LW * J * RowBytes;
   static constexpr int StageBytes = std::max(XBytes + 2 * RightBytes, 2 * LeftBytes);
+  static constexpr int XAhead = 16;  // boxes of x that are brought to the L2 beforehand
   static constexpr int YJ = RowK / Delta, YBytes = Rows * RowBytes;
   static constexpr int SharedBytes = 227 * 1024, Room = SharedBytes - 1024;
-  static constexpr int Stages = std::min(8, (Room - 4 * YBytes) / StageBytes);
+  static constexpr int Stages = std::min(12, (Room - 2 * YBytes) / StageBytes);
   static constexpr int YSlots = std::min(8, (Room - Stages * StageBytes) / YBytes);
-  static_assert(K % 16 == 0 && StageBytes % 1024 == 0 && Stages >= 3 && YSlots >= 4);
+  static_assert(K % 16 == 0 && StageBytes % 1024 == 0 && Stages >= 3 && YSlots >= 2);
 };
 
 struct PairRegisterMaps {
@@ -56,10 +57,9 @@ class PairRegisters {
   using T = typename Tile::T;
   static constexpr int LW = Tile::LW, Blocks = Tile::Blocks, J = Tile::J, K = Tile::K;
   using Intermediate = uint32_t[LW][K / 16][4];
-  // Of both phases: the compiler finds room for them only where products of both have accumulators of the same size, in the same
-  // registers, or few. Hence, where the link rank is large, one l at a time, and as many j as ranks.
-  static constexpr int Together = Blocks <= 4 ? LW : 1;
-  static_assert(Together == LW || 8 * Blocks == J);
+  // Of both phases, since there is room for both only where products of both have accumulators of the same size, in the same
+  // registers: hence as many j as there are columns in a product of phase 1, all of this warpgroup's or those of one l.
+  static constexpr int Together = J / Tile::Rank;
   static constexpr int Held = std::max(LW * Blocks, LW * J / 8);
   using Accumulators = float[Held][4];
 
@@ -103,14 +103,39 @@ class PairRegisters {
     }
   }
 
+  // Asks for the boxes of x, in their order, to be brought from memory to the L2, where the weights are.
+  struct XBox {
+    const PairRegisters& kernel;
+    unsigned tile = kernel.first;
+    int s = 0, k = 0;
+
+    __device__ __forceinline__ explicit XBox(const PairRegisters& owner) : kernel(owner) {}
+
+    __device__ __forceinline__ void prefetch() {
+      if (tile >= kernel.n_tiles) return;
+      const int block = tile % kernel.p.groups * Tile::Alpha + s, n0 = kernel.first_row(tile);
+      if (kernel.flat_x) prefetch_box(kernel.maps.x, block * kernel.p.c + k, 0, n0);
+      else prefetch_box(kernel.maps.x, k, block, n0);
+      k += Tile::RowK;
+      if (k < kernel.p.c) return;
+      k = 0;
+      if (++s < Tile::Alpha) return;
+      s = 0;
+      tile += kernel.clusters;
+    }
+  };
+
   __device__ __forceinline__ void fetch() const {
     Ring ring;
+    XBox ahead(*this);
+    for (int box = 0; box < Tile::XAhead; ++box) ahead.prefetch();
     for (unsigned tile = first; tile < n_tiles; tile += clusters) {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int s = 0; s < Tile::Alpha; ++s) {
         const int block = i * Tile::Alpha + s;
         for (int k = 0; k < p.c; k += Tile::RowK) {
           const uint32_t stage = acquire(ring, Tile::XBytes + 2 * Tile::RightBytes), barrier = full + 8 * ring.slot;
+          ahead.prefetch();
           if (flat_x) copy_box(stage, maps.x, barrier, block * p.c + k, 0, n0);
           else copy_box(stage, maps.x, barrier, k, block, n0);
           fetch_weights(stage + Tile::XBytes, Tile::RightBytes, maps.right, barrier, k, 0, block);
@@ -131,17 +156,21 @@ class PairRegisters {
 
   __device__ __forceinline__ void write() const {
     Ring y;
+    int earlier = -1;
     for (unsigned tile = first; tile < n_tiles; tile += clusters) {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int j = 0; j < p.b; j += Tile::YJ) {
         barrier_wait(y_full + 8 * y.slot, y.parity);
         store_box(maps.y, y_base + y.slot * Tile::YBytes, j * Tile::Delta, i, n0);
         store_box_commit();
-        store_box_wait_read();
-        barrier_arrive(y_empty + 8 * y.slot);
+        // The one before has left shared memory.
+        store_box_wait_read<1>();
+        if (earlier >= 0) barrier_arrive(y_empty + 8 * earlier);
+        earlier = y.slot;
         y.advance(Tile::YSlots);
       }
     }
+    store_box_wait_read();
   }
 
   // ---- the warpgroups that multiply
