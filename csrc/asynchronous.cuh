@@ -120,11 +120,6 @@ __device__ __forceinline__ void store_box_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(Pending) : "memory");
 }
 
-// A box of a tensor to the L2.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];\n" ::"l"(&map), "r"(c0), "r"(c1), "r"(c2) : "memory");
-}
-
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }

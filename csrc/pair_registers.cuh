@@ -40,7 +40,6 @@ struct PairRegisterTile {
   // Of the weights, what one warpgroup multiplies by.
   static constexpr int XBytes = Rows * RowBytes, RightBytes = LW * Rank * RowBytes, LeftBytes = LW * J * RowBytes;
   static constexpr int StageBytes = std::max(XBytes + 2 * RightBytes, 2 * LeftBytes);
-  static constexpr int XAhead = 16;  // boxes of x that are brought to the L2 beforehand
   static constexpr int YJ = RowK / Delta, YBytes = Rows * RowBytes;
   static constexpr int SharedBytes = 227 * 1024, Room = SharedBytes - 1024;
   static constexpr int Stages = std::min(12, (Room - 2 * YBytes) / StageBytes);
@@ -103,39 +102,14 @@ class PairRegisters {
     }
   }
 
-  // Asks for the boxes of x, in their order, to be brought from memory to the L2, where the weights are.
-  struct XBox {
-    const PairRegisters& kernel;
-    unsigned tile = kernel.first;
-    int s = 0, k = 0;
-
-    __device__ __forceinline__ explicit XBox(const PairRegisters& owner) : kernel(owner) {}
-
-    __device__ __forceinline__ void prefetch() {
-      if (tile >= kernel.n_tiles) return;
-      const int block = tile % kernel.p.groups * Tile::Alpha + s, n0 = kernel.first_row(tile);
-      if (kernel.flat_x) prefetch_box(kernel.maps.x, block * kernel.p.c + k, 0, n0);
-      else prefetch_box(kernel.maps.x, k, block, n0);
-      k += Tile::RowK;
-      if (k < kernel.p.c) return;
-      k = 0;
-      if (++s < Tile::Alpha) return;
-      s = 0;
-      tile += kernel.clusters;
-    }
-  };
-
   __device__ __forceinline__ void fetch() const {
     Ring ring;
-    XBox ahead(*this);
-    for (int box = 0; box < Tile::XAhead; ++box) ahead.prefetch();
     for (unsigned tile = first; tile < n_tiles; tile += clusters) {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int s = 0; s < Tile::Alpha; ++s) {
         const int block = i * Tile::Alpha + s;
         for (int k = 0; k < p.c; k += Tile::RowK) {
           const uint32_t stage = acquire(ring, Tile::XBytes + 2 * Tile::RightBytes), barrier = full + 8 * ring.slot;
-          ahead.prefetch();
           if (flat_x) copy_box(stage, maps.x, barrier, block * p.c + k, 0, n0);
           else copy_box(stage, maps.x, barrier, k, block, n0);
           fetch_weights(stage + Tile::XBytes, Tile::RightBytes, maps.right, barrier, k, 0, block);
@@ -186,23 +160,36 @@ class PairRegisters {
     }
   }
 
+  // The operand is in its registers from here on.
+  __device__ static __forceinline__ void hold(uint32_t (&a)[4]) {
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+  }
+
   template <int Count>
   __device__ static __forceinline__ float (&part(Accumulators& acc, int first))[Count][4] {
     return reinterpret_cast<float(&)[Count][4]>(acc[first]);
   }
 
-  // One straight line, which the compiler needs to keep products in flight together.
+  // x goes through registers, as products that read both operands from shared memory wait for it: all of this warpgroup's l share
+  // one read. All of it is there before the first product; then one straight line, as the compiler needs it to keep them in flight.
   __device__ __forceinline__ void multiply_right(Accumulators& acc, int slot, bool fresh) const {
+    constexpr int Steps = Tile::RowK / 16;
     const uint32_t stage = shared + slot * Tile::StageBytes;
-    const uint64_t x = descriptor(stage), w = descriptor(stage + Tile::XBytes + group * Tile::RightBytes);
+    const uint64_t w = descriptor(stage + Tile::XBytes + group * Tile::RightBytes);
+    const int row = warp * 16 + lane % 16;
+    uint32_t x[Steps][4];
+#pragma unroll
+    for (int k = 0; k < Steps; ++k) load_matrix_x4(x[k], stage + row * Tile::RowBytes + ((k * 2 + lane / 16) ^ row % 8) * 16);
+#pragma unroll
+    for (int k = 0; k < Steps; ++k) hold(x[k]);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Tile::RowK / 16; ++k) {
+    for (int k = 0; k < Steps; ++k) {
 #pragma unroll
       for (int l = 0; l < LW; l += Together) {
         constexpr int N = Together * Blocks;
         const uint64_t w_l = w + l * (Tile::Rank * Tile::RowBytes / 16) + 2 * k;
-        Wgmma<T, 8 * N>::multiply(part<N>(acc, l * Blocks), x + 2 * k, w_l, fresh && k == 0);
+        WgmmaRegisters<T, 8 * N>::multiply(part<N>(acc, l * Blocks), x[k], w_l, fresh && k == 0);
       }
     }
     wgmma_commit();
@@ -251,7 +238,7 @@ class PairRegisters {
 #pragma unroll
     for (int l = 0; l < LW; ++l) {
 #pragma unroll
-      for (int k = 0; k < K / 16; ++k) asm volatile("" : "+r"(t[l][k][0]), "+r"(t[l][k][1]), "+r"(t[l][k][2]), "+r"(t[l][k][3])::"memory");
+      for (int k = 0; k < K / 16; ++k) hold(t[l][k]);
     }
   }
 

@@ -1,4 +1,4 @@
-"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair.cuh, csrc/pair_registers.cuh)."""
+"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair*.cuh)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TILE_ROWS, SHARED_BYTES = 64, 227 * 1024
 MOST_FEATURES, MOST_ROWS = 2**31 - 1, 2**31 - 1 - TILE_ROWS
 CLUSTERS, STAGE_ROWS, MOST_STAGES = (1, 2, 4, 8), (256, 192, 128), 8
 # The pairs whose intermediate fits registers: alpha and delta, and the link ranks.
-REGISTER_BLOCKS, REGISTER_RANKS = 4, (16, 24, 32, 48, 64)
+REGISTER_BLOCKS, REGISTER_RANKS, REGISTER_CLUSTERS = 4, (16, 24, 32, 48, 64), (1, 2)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class PairTile:
 
 def pair_tiles(problem: PairProblem) -> list[PairTile]:
     """The tiles that take the pair."""
-    tiles = (_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS)
+    tiles = [_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS]
+    tiles += [_register_tile(problem, cluster) for cluster in REGISTER_CLUSTERS]
     return [tile for tile in tiles if tile is not None]
 
 
@@ -166,6 +167,25 @@ def _tile(problem: PairProblem, cluster: int, left_rows: int) -> PairTile | None
     if cluster >= 4:
         cycles += 5000 * cluster
     return PairTile(cluster, right_rows, left_rows, min(stages, MOST_STAGES), cycles * (1.15 if stages < 3 else 1.0))
+
+
+def _register_tile(problem: PairProblem, cluster: int) -> PairTile | None:
+    """The same conditions as ``pair_fits_registers`` in csrc/pair.h, and sums as in csrc/pair_registers.cuh."""
+    link, itemsize = problem.link, problem.dtype.itemsize
+    rank, b, c = link.rank, link.left.b, link.right.c
+    if link.alpha != REGISTER_BLOCKS or link.delta != REGISTER_BLOCKS or rank not in REGISTER_RANKS:
+        return None
+    if problem.in_features != link.right.in_features and c % 64:
+        return None
+    if problem.out_features % 8 or b % 2 or (link.left.a > 1 and problem.out_features != link.left.out_features):
+        return None
+    left_j = 2 * rank if rank <= 32 else rank
+    row = 64 * itemsize
+    stage = max((TILE_ROWS + REGISTER_BLOCKS * rank) * row, REGISTER_BLOCKS * left_j * row)
+    stages = min((SHARED_BYTES - 1024 - 2 * TILE_ROWS * row) // stage, 12)
+    rights = REGISTER_BLOCKS * -(-c // 64)
+    lefts = -(-b // left_j) * -(-REGISTER_BLOCKS * rank // 64)
+    return PairTile(cluster, 0, 0, stages, rights * 1000 + lefts * 1000)
 
 
 def _rounded(size: int, multiple: int) -> int:
