@@ -186,10 +186,12 @@ cudaError_t start_pair_of(const PairMaps& maps, const Pair& p, const PairShape& 
 
 template <typename T>
 cudaError_t launch_pair(const Pair& p, int tile, cudaStream_t stream) {
-  const int registers = tile == 0 && pair_fits_registers(p) ? 2 : tile < 256 ? tile : 0;
-  if (registers != 0) {
-    if constexpr (std::is_same_v<T, __half>) return launch_pair_registers_float16(p, registers, stream);
-    else return launch_pair_registers_bfloat16(p, registers, stream);
+  if (tile <= 1) {
+    tile = 0;
+    if (pair_fits_registers(p)) {
+      if constexpr (std::is_same_v<T, __half>) return launch_pair_registers_float16(p, stream);
+      else return launch_pair_registers_bfloat16(p, stream);
+    }
   }
   PairShape s{};
   PairMaps maps;

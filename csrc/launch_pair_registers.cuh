@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <mutex>
 
 #include "device.h"
 #include "pair_registers.cuh"
@@ -34,59 +33,27 @@ template <typename Tile>
 cudaError_t start_pair_registers(const Pair& p, cudaStream_t stream) {
   constexpr auto Kernel = pair_registers_kernel<Tile>;
   if (const cudaError_t error = allow_shared_bytes<Kernel>(Tile::SharedBytes); error != cudaSuccess) return error;
-  static std::mutex mutex;
-  static int most_clusters[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = Tile::Cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.gridDim = dim3(Tile::Cluster);
-  config.blockDim = dim3(Tile::Threads);
-  config.dynamicSmemBytes = Tile::SharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters;
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    int& most = most_clusters[device % 64];
-    if (most == 0) {
-      const cudaError_t error = cudaOccupancyMaxActiveClusters(&most, Kernel, &config);
-      if (error != cudaSuccess) {
-        cudaGetLastError();
-        return error;
-      }
-      if (most < 1) return cudaErrorLaunchOutOfResources;
-    }
-    clusters = most;
-  }
   const bool flat_x = p.in_features != int64_t{p.groups} * p.alpha * p.c;
   PairRegisterMaps maps;
   if (!make_pair_register_maps<Tile>(p, flat_x, maps)) return cudaErrorInvalidValue;
-  const int64_t tiles = ceil_div(p.n, Tile::Rows * Tile::Cluster) * p.groups;
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, clusters) * Tile::Cluster));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.n, Tile::Rows) * p.groups, multiprocessors())));
+  config.blockDim = dim3(Tile::Threads);
+  config.dynamicSmemBytes = Tile::SharedBytes;
+  config.stream = stream;
   return cudaLaunchKernelEx(&config, Kernel, maps, p, flat_x);
 }
 
-template <typename T, int Cluster>
-cudaError_t start_pair_registers_of(const Pair& p, cudaStream_t stream) {
+template <typename T>
+cudaError_t launch_pair_registers(const Pair& p, cudaStream_t stream) {
   switch (p.rank) {
-    case 16: return start_pair_registers<PairRegisterTile<T, 2, Cluster>>(p, stream);
-    case 24: return start_pair_registers<PairRegisterTile<T, 3, Cluster>>(p, stream);
-    case 32: return start_pair_registers<PairRegisterTile<T, 4, Cluster>>(p, stream);
-    case 48: return start_pair_registers<PairRegisterTile<T, 6, Cluster>>(p, stream);
-    case 64: return start_pair_registers<PairRegisterTile<T, 8, Cluster>>(p, stream);
+    case 16: return start_pair_registers<PairRegisterTile<T, 2>>(p, stream);
+    case 24: return start_pair_registers<PairRegisterTile<T, 3>>(p, stream);
+    case 32: return start_pair_registers<PairRegisterTile<T, 4>>(p, stream);
+    case 48: return start_pair_registers<PairRegisterTile<T, 6>>(p, stream);
+    case 64: return start_pair_registers<PairRegisterTile<T, 8>>(p, stream);
     default: return cudaErrorInvalidValue;
   }
-}
-
-template <typename T>
-cudaError_t launch_pair_registers(const Pair& p, int cluster, cudaStream_t stream) {
-  if (!pair_fits_registers(p)) return cudaErrorInvalidValue;
-  return cluster == 2 ? start_pair_registers_of<T, 2>(p, stream) : start_pair_registers_of<T, 1>(p, stream);
 }
 
 }  // namespace

@@ -13,8 +13,6 @@
 // 16 of K: columns 2 (t % 4) and the next of each eight, rows t / 4 and 8 below. So t never leaves its thread, and the
 // warpgroups meet nowhere but at the stages of x and weights and at the pieces of y.
 //
-// With a cluster of two CTAs, each takes a tile of its own and fetches, for both, the weights of half of the l.
-//
 // Shared memory: Stages * StageBytes, rows of 64 of K swizzled as the copy engine does it; YSlots * YBytes, 16 j of all rows, likewise.
 // Source: the decomposition of a chainable pair is that of arXiv:2411.04506; the kernel is new.
 #pragma once
@@ -30,10 +28,10 @@
 namespace structlayers {
 
 // Blocks: the link rank, in eights.
-template <typename T_, int Blocks_, int Cluster_>
+template <typename T_, int Blocks_>
 struct PairRegisterTile {
   using T = T_;
-  static constexpr int Blocks = Blocks_, Cluster = Cluster_, Rank = 8 * Blocks;
+  static constexpr int Blocks = Blocks_, Rank = 8 * Blocks;
   static constexpr int Alpha = 4, Delta = 4, LW = Delta / 2, K = Alpha * Rank, J = Blocks <= 4 ? LW * Rank : Rank;
   static constexpr int Rows = 64, Consumers = 256, Threads = Consumers + 128;
   static constexpr int RowBytes = 128, RowK = RowBytes / 2;
@@ -45,6 +43,9 @@ struct PairRegisterTile {
   static constexpr int Stages = std::min(12, (Room - 2 * YBytes) / StageBytes);
   static constexpr int YSlots = std::min(8, (Room - Stages * StageBytes) / YBytes);
   static_assert(K % 16 == 0 && StageBytes % 1024 == 0 && Stages >= 3 && YSlots >= 2);
+  // Boxes of y that a warpgroup hands over together; the warp that writes keeps one back.
+  static constexpr int YBatch = YSlots == 3 ? 1 : J / YJ == 3 ? 3 : 2;
+  static_assert(YSlots > YBatch && J / YJ % YBatch == 0);
 };
 
 struct PairRegisterMaps {
@@ -56,8 +57,8 @@ class PairRegisters {
   using T = typename Tile::T;
   static constexpr int LW = Tile::LW, Blocks = Tile::Blocks, J = Tile::J, K = Tile::K;
   using Intermediate = uint32_t[LW][K / 16][4];
-  // Of both phases, since there is room for both only where products of both have accumulators of the same size, in the same
-  // registers: hence as many j as there are columns in a product of phase 1, all of this warpgroup's or those of one l.
+  // Of both phases. The compiler finds room, and keeps products in flight, only where those of both phases have accumulators of one
+  // size in the same registers: hence as many j as a product of phase 1 has columns, all of this warpgroup's or those of one l.
   static constexpr int Together = J / Tile::Rank;
   static constexpr int Held = std::max(LW * Blocks, LW * J / 8);
   using Accumulators = float[Held][4];
@@ -69,24 +70,19 @@ class PairRegisters {
   const uint32_t y_base = shared + Tile::Stages * Tile::StageBytes;
   const uint32_t full = y_base + Tile::YSlots * Tile::YBytes, empty = full + 8 * Tile::Stages;
   const uint32_t y_full = empty + 8 * Tile::Stages, y_empty = y_full + 8 * Tile::YSlots;
-  const int rank = Tile::Cluster == 1 ? 0 : cluster_rank();
   const int x_steps = (p.c + Tile::RowK - 1) / Tile::RowK;
-  const unsigned clusters = gridDim.x / Tile::Cluster, first = blockIdx.x / Tile::Cluster;
-  // Of the whole cluster.
-  const unsigned n_tiles = static_cast<unsigned>((p.n + Tile::Rows * Tile::Cluster - 1) / (Tile::Rows * Tile::Cluster)) * p.groups;
+  const unsigned step = gridDim.x, first = blockIdx.x;
+  const unsigned n_tiles = static_cast<unsigned>((p.n + Tile::Rows - 1) / Tile::Rows) * p.groups;
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
   const int lane = threadIdx.x % 32, group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
-  __device__ __forceinline__ int first_row(unsigned tile) const {
-    return static_cast<int>(tile / p.groups * Tile::Cluster + rank) * Tile::Rows;
-  }
+  __device__ __forceinline__ int first_row(unsigned tile) const { return static_cast<int>(tile / p.groups) * Tile::Rows; }
 
   // ---- the warp that fetches
 
   __device__ __forceinline__ uint32_t acquire(const Ring& ring, uint32_t bytes) const {
-    if constexpr (Tile::Cluster == 1) barrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-    else barrier_wait_cluster(empty + 8 * ring.slot, ring.parity ^ 1);
+    barrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
     barrier_expect(full + 8 * ring.slot, bytes);
     return shared + ring.slot * Tile::StageBytes;
   }
@@ -94,17 +90,13 @@ class PairRegisters {
   // The weights of all l: of every warpgroup `bytes`.
   __device__ __forceinline__ void fetch_weights(uint32_t destination, int bytes, const CUtensorMap& map, uint32_t barrier, int k, int row,
                                                 int block) const {
-    if constexpr (Tile::Cluster == 1) {
-      copy_box(destination, map, barrier, k, row, 0, block);
-      copy_box(destination + bytes, map, barrier, k, row, LW, block);
-    } else {
-      copy_box_to(3, destination + rank * bytes, map, barrier, k, row, rank * LW, block);
-    }
+    copy_box(destination, map, barrier, k, row, 0, block);
+    copy_box(destination + bytes, map, barrier, k, row, LW, block);
   }
 
   __device__ __forceinline__ void fetch() const {
     Ring ring;
-    for (unsigned tile = first; tile < n_tiles; tile += clusters) {
+    for (unsigned tile = first; tile < n_tiles; tile += step) {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int s = 0; s < Tile::Alpha; ++s) {
         const int block = i * Tile::Alpha + s;
@@ -131,7 +123,7 @@ class PairRegisters {
   __device__ __forceinline__ void write() const {
     Ring y;
     int earlier = -1;
-    for (unsigned tile = first; tile < n_tiles; tile += clusters) {
+    for (unsigned tile = first; tile < n_tiles; tile += step) {
       const int i = tile % p.groups, n0 = first_row(tile);
       for (int j = 0; j < p.b; j += Tile::YJ) {
         barrier_wait(y_full + 8 * y.slot, y.parity);
@@ -153,11 +145,7 @@ class PairRegisters {
   __device__ static __forceinline__ uint64_t descriptor(uint32_t address) { return wgmma_descriptor<Tile::RowBytes>(address); }
 
   __device__ __forceinline__ void release(int slot) const {
-    if constexpr (Tile::Cluster == 1) {
-      if (lane == 0) barrier_arrive(empty + 8 * slot);
-    } else {
-      if (lane < Tile::Cluster) barrier_arrive_remote(map_to_cta(empty + 8 * slot, lane));
-    }
+    if (lane == 0) barrier_arrive(empty + 8 * slot);
   }
 
   // The operand is in its registers from here on.
@@ -170,8 +158,8 @@ class PairRegisters {
     return reinterpret_cast<float(&)[Count][4]>(acc[first]);
   }
 
-  // x goes through registers, as products that read both operands from shared memory wait for it: all of this warpgroup's l share
-  // one read. All of it is there before the first product; then one straight line, as the compiler needs it to keep them in flight.
+  // x goes through registers, so that all of this warpgroup's l share one read of shared memory, which binds. All of it is there
+  // before the first product; then one straight line, which the compiler needs to keep products in flight together.
   __device__ __forceinline__ void multiply_right(Accumulators& acc, int slot, bool fresh) const {
     constexpr int Steps = Tile::RowK / 16;
     const uint32_t stage = shared + slot * Tile::StageBytes;
@@ -280,7 +268,8 @@ class PairRegisters {
         if (at >= K / 16) break;
 #pragma unroll
         for (int l = 0; l < LW; ++l) {
-          WgmmaRegisters<T, J>::multiply(part<J / 8>(acc, l * (J / 8)), t[l][at], w + l * (J * Tile::RowBytes / 16) + 2 * k, !biased && at == 0);
+          const uint64_t w_l = w + l * (J * Tile::RowBytes / 16) + 2 * k;
+          WgmmaRegisters<T, J>::multiply(part<J / 8>(acc, l * (J / 8)), t[l][at], w_l, !biased && at == 0);
         }
       }
       wgmma_commit();
@@ -301,39 +290,42 @@ class PairRegisters {
     // Lanes of odd rows write their second j first, so that half of the lanes meet other banks.
     const bool swapped = row % 2;
 #pragma unroll
-    for (int part = 0; part < J / Tile::YJ; ++part) {
-      if (j0 + part * Tile::YJ >= p.b) break;
-      barrier_wait(y_empty + 8 * y.slot, y.parity ^ 1);
-      const uint32_t corner = y_base + y.slot * Tile::YBytes + (warp * 16 + row) * Tile::RowBytes + group * 4 + swapped * 8;
+    for (int batch = 0; batch < J / Tile::YJ; batch += Tile::YBatch) {
+      const int first_slot = y.slot;
 #pragma unroll
-      for (int q = 0; q < Tile::YJ / 8; ++q) {
-        const int g = part * (Tile::YJ / 8) + q;
-        uint32_t v[4];
+      for (int part = batch; part < batch + Tile::YBatch; ++part) {
+        if (j0 + part * Tile::YJ >= p.b) break;
+        barrier_wait(y_empty + 8 * y.slot, y.parity ^ 1);
+        const uint32_t corner = y_base + y.slot * Tile::YBytes + (warp * 16 + row) * Tile::RowBytes + group * 4 + swapped * 8;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int q = 0; q < Tile::YJ / 8; ++q) {
+          const int g = part * (Tile::YJ / 8) + q;
+          uint32_t v[4];
 #pragma unroll
-          for (int odd = 0; odd < 2; ++odd) v[h * 2 + odd] = pack_two<T>(acc[g][2 * h + odd], acc[J / 8 + g][2 * h + odd]);
+          for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) v[h * 2 + odd] = pack_two<T>(acc[g][2 * h + odd], acc[J / 8 + g][2 * h + odd]);
+          }
+          if (p.activation != kNone) activate_piece<T>(v, p.activation);
+          const uint32_t place = corner + ((q * 4 + lane % 4) ^ row) * 16;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            store_shared_4(place + h * 8 * Tile::RowBytes, swapped ? v[2 * h + 1] : v[2 * h]);
+            store_shared_4((place ^ 8) + h * 8 * Tile::RowBytes, swapped ? v[2 * h] : v[2 * h + 1]);
+          }
         }
-        if (p.activation != kNone) activate_piece<T>(v, p.activation);
-        const int chunk = (q * 4 + lane % 4) ^ row;
-        const uint32_t place = corner + chunk * 16;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          store_shared_4(place + h * 8 * Tile::RowBytes, swapped ? v[2 * h + 1] : v[2 * h]);
-          store_shared_4((place ^ 8) + h * 8 * Tile::RowBytes, swapped ? v[2 * h] : v[2 * h + 1]);
-        }
+        y.advance(Tile::YSlots);
       }
       fence_shared_for_wgmma();
       __syncwarp();
-      if (lane == 0) barrier_arrive(y_full + 8 * y.slot);
-      y.advance(Tile::YSlots);
+      if (lane < Tile::YBatch && j0 + (batch + lane) * Tile::YJ < p.b) barrier_arrive(y_full + 8 * ((first_slot + lane) % Tile::YSlots));
     }
   }
 
   __device__ __forceinline__ void multiply() const {
     Ring ring, y;
     Accumulators acc;
-    for (unsigned tile = first; tile < n_tiles; tile += clusters) {
+    for (unsigned tile = first; tile < n_tiles; tile += step) {
       Intermediate t;
       fill_t(acc, t, ring);
 #pragma unroll 1
@@ -350,9 +342,10 @@ class PairRegisters {
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
+      for (const CUtensorMap* map : {&maps.x, &maps.right, &maps.left, &maps.y}) prefetch_map(*map);
       for (int slot = 0; slot < Tile::Stages; ++slot) {
         barrier_init(full + 8 * slot, 1);
-        barrier_init(empty + 8 * slot, Tile::Consumers / 32 * Tile::Cluster);
+        barrier_init(empty + 8 * slot, Tile::Consumers / 32);
       }
       for (int slot = 0; slot < Tile::YSlots; ++slot) {
         barrier_init(y_full + 8 * slot, Tile::Consumers / 32);
@@ -361,7 +354,6 @@ class PairRegisters {
       barrier_init_fence();
     }
     __syncthreads();
-    if constexpr (Tile::Cluster > 1) cluster_sync();
     if (group == Tile::Consumers / 128) {
       keep_registers<40>();
       if (lane == 0 && warp == 0) fetch();
@@ -371,8 +363,6 @@ class PairRegisters {
       take_registers<232>();
       multiply();
     }
-    // Nobody leaves while the other may still write or arrive here.
-    if constexpr (Tile::Cluster > 1) cluster_sync();
   }
 };
 
