@@ -105,6 +105,21 @@ __device__ __forceinline__ void copy_box_to(uint16_t ctas, uint32_t destination,
       : "memory");
 }
 
+// A box of a tensor from shared memory, in the bulk group of this thread; what lies outside the tensor is not written.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n" ::"l"(&map), "r"(source), "r"(c0),
+               "r"(c1), "r"(c2)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_box_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+
+// Until all but the last `Pending` groups that this thread committed have been read from shared memory.
+template <int Pending = 0>
+__device__ __forceinline__ void store_box_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(Pending) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }

@@ -186,6 +186,13 @@ cudaError_t start_pair_of(const PairMaps& maps, const Pair& p, const PairShape& 
 
 template <typename T>
 cudaError_t launch_pair(const Pair& p, int tile, cudaStream_t stream) {
+  if (tile <= 1) {
+    tile = 0;
+    if (pair_fits_registers(p)) {
+      if constexpr (std::is_same_v<T, __half>) return launch_pair_registers_float16(p, stream);
+      else return launch_pair_registers_bfloat16(p, stream);
+    }
+  }
   PairShape s{};
   PairMaps maps;
   if (!choose_pair_shape(p, tile, s) || !make_maps<T>(p, s, maps)) return cudaErrorInvalidValue;

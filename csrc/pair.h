@@ -23,9 +23,21 @@ struct Pair {
   bool y_aligned;
 };
 
-// Launches on `stream` on the current device; `tile` is 0, or cluster + 256 * (Rows1 / 32) + 65536 * (Rows2 / 32) of pair.cuh. Returns an error of the
-// launch; cudaErrorInvalidValue where no tile takes the pair.
+// Whether pair_registers.cuh takes the pair: layers of 4 blocks, link ranks that leave room for t, a y that the copy engine can write.
+inline bool pair_fits_registers(const Pair& p) {
+  const bool rank = p.rank == 16 || p.rank == 24 || p.rank == 32 || p.rank == 48 || p.rank == 64;
+  const bool whole_x = p.in_features == int64_t{p.groups} * p.alpha * p.c || p.c % 64 == 0;
+  const bool whole_y = p.y_aligned && p.b * p.delta % 8 == 0 && (p.groups == 1 || p.out_features == int64_t{p.groups} * p.b * p.delta);
+  return p.alpha == 4 && p.delta == 4 && rank && whole_x && whole_y && reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
+}
+
+// Launches on `stream` on the current device; `tile` is 0, 1 for pair_registers.cuh, or cluster + 256 * (Rows1 / 32) + 65536 * (Rows2 / 32)
+// of pair.cuh. Returns an error of the launch; cudaErrorInvalidValue where no tile takes the pair.
 cudaError_t launch_pair_float16(const Pair& p, int tile, cudaStream_t stream);
 cudaError_t launch_pair_bfloat16(const Pair& p, int tile, cudaStream_t stream);
+
+// Likewise, by pair_registers.cuh, which takes the pair.
+cudaError_t launch_pair_registers_float16(const Pair& p, cudaStream_t stream);
+cudaError_t launch_pair_registers_bfloat16(const Pair& p, cudaStream_t stream);
 
 }  // namespace structlayers

@@ -290,6 +290,24 @@ STRUCTLAYERS_WGMMA_REGISTERS_32(__nv_bfloat16, "bf16", "k16", ", 0")
 STRUCTLAYERS_WGMMA_REGISTERS_32(float, "tf32", "k8", "")
 #undef STRUCTLAYERS_WGMMA_REGISTERS_32
 
+#define STRUCTLAYERS_WGMMA_REGISTERS_48(T, TYPE, K, TAIL)                                                                  \
+template <>                                                                                                                \
+struct WgmmaRegisters<T, 48> {                                                                                             \
+  __device__ static __forceinline__ void multiply(float (&acc)[6][4], const uint32_t (&a)[4], uint64_t b, bool fresh) {    \
+    asm volatile(                                                                                                          \
+        "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %29, 0;\n"                                                     \
+        "wgmma.mma_async.sync.aligned.m64n48" K ".f32." TYPE "." TYPE " "                                                  \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, " \
+        "{%24, %25, %26, %27}, %28, accumulate, 1, 1" TAIL ";\n}\n"                                                        \
+        : STRUCTLAYERS_WGMMA_ACC(0), STRUCTLAYERS_WGMMA_ACC(1), STRUCTLAYERS_WGMMA_ACC(2), STRUCTLAYERS_WGMMA_ACC(3),      \
+          STRUCTLAYERS_WGMMA_ACC(4), STRUCTLAYERS_WGMMA_ACC(5)                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                               \
+  }                                                                                                                        \
+};
+STRUCTLAYERS_WGMMA_REGISTERS_48(__half, "f16", "k16", ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_48(__nv_bfloat16, "bf16", "k16", ", 0")
+#undef STRUCTLAYERS_WGMMA_REGISTERS_48
+
 #define STRUCTLAYERS_WGMMA_REGISTERS_64(T, TYPE, K, TAIL)                                                               \
 template <>                                                                                                             \
 struct WgmmaRegisters<T, 64> {                                                                                          \

@@ -118,6 +118,34 @@ def test_a_wide_intermediate_is_spread_over_a_cluster():
     assert choose_pair_tile(pair_of(Chain.monarch(8192, 8192, 64))).cluster > 1
 
 
+def test_layers_of_four_blocks_keep_the_intermediate_in_registers():
+    for sizes in ((384, 384), (384, 1536), (1536, 384), (768, 768), (1024, 4096)):
+        problem = pair_of(Chain.monarch(*sizes, 4))
+        tile = choose_pair_tile(problem)
+        assert tile.in_registers
+        assert (tile.name, tile.number) == ("registers", 1)
+        assert 5 <= tile.stages <= fused.MOST_STAGES
+        others = [other for other in pair_tiles(problem) if not other.in_registers]
+        assert choose_pair_tile(problem, others[0].name) == others[0]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        Chain.monarch(1024, 1024, 32),
+        "(1,64,160,4)(4,160,64,1)",  # link rank 40
+        "(1,64,96,2)(4,48,64,1)",  # delta 2
+        "(1,33,96,4)(4,96,64,1)",  # b odd
+        "(1,64,96,4)(4,96,64,1)[:250,:256]",  # rows of y that are no whole pieces
+        "(1,64,96,4)(4,96,96,1)[:256,:352]",  # padded blocks of x
+        "(2,64,96,4)(8,96,64,1)[:504,:512]",  # a padded group of y
+    ],
+    ids=lambda c: c if isinstance(c, str) else c.spec,
+)
+def test_pairs_whose_intermediate_does_not_stay_in_registers(chain):
+    assert not any(tile.in_registers for tile in pair_tiles(pair_of(chain)))
+
+
 def test_a_measured_tile_decides_if_it_fits():
     problem = pair_of(Chain.monarch(4096, 4096, 64))
     for tile in pair_tiles(problem):

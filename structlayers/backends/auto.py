@@ -243,8 +243,10 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
     link, n, rates = problem.link, problem.n, _gpu_rates(problem.dtype, problem.tf32)
     elements = n * (link.right.in_features + link.left.out_features) + link.left.nnz + link.right.nnz
     traffic = elements * problem.dtype.itemsize / COPY_BYTES_PER_S / PAIR_SHARE
-    arithmetic = (link.left.flops(n) + link.right.flops(n)) / rates.matmul / PAIR_MATMUL_SHARE
     tile = choose_pair_tile(problem, None if tuned is None else tuned.tile)
+    # In registers, the cycles hold it.
+    flops = 0 if tile.in_registers else link.left.flops(n) + link.right.flops(n)
+    arithmetic = flops / rates.matmul / PAIR_MATMUL_SHARE
     tiles = -(-n // TILE_ROWS) * link.left.a
     rounds = -(-tiles // (HOPPER_SMS // tile.cluster))
     return CALL_S + max(traffic, arithmetic, rounds * tile.cycles / PAIR_CYCLES_PER_S)

@@ -1,4 +1,4 @@
-"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair.cuh)."""
+"""Two chainable factors in one compiled kernel, the intermediate kept on chip (csrc/pair*.cuh)."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ PIECE_BYTES = 16
 TILE_ROWS, SHARED_BYTES = 64, 227 * 1024
 MOST_FEATURES, MOST_ROWS = 2**31 - 1, 2**31 - 1 - TILE_ROWS
 CLUSTERS, STAGE_ROWS, MOST_STAGES = (1, 2, 4, 8), (256, 192, 128), 8
+# The pairs whose intermediate fits registers: alpha and delta, and the link ranks; values of K in a row of a stage.
+REGISTER_BLOCKS, REGISTER_RANKS, REGISTER_K = 4, (16, 24, 32, 48, 64), 64
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class PairTile:
     """How the kernel cuts a pair: ``cluster`` CTAs that share the intermediate, rows of each weight in a stage.
 
     ``stages`` of the pipeline fit beside the intermediate; ``cycles`` is about what one tile of the batch takes a CTA.
+    Where the intermediate stays in registers, the rows are 0.
     """
 
     cluster: int
@@ -101,14 +104,20 @@ class PairTile:
         return self.cluster + 256 * (self.right_rows // 32) + 65_536 * (self.left_rows // 32)
 
     @property
+    def in_registers(self) -> bool:
+        return self.left_rows == 0
+
+    @property
     def name(self) -> str:
+        if self.in_registers:
+            return "registers"
         return f"cluster{self.cluster}_rows{self.right_rows}x{self.left_rows}"
 
 
 def pair_tiles(problem: PairProblem) -> list[PairTile]:
     """The tiles that take the pair."""
-    tiles = (_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS)
-    return [tile for tile in tiles if tile is not None]
+    tiles = [_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS]
+    return [tile for tile in (_register_tile(problem), *tiles) if tile is not None]
 
 
 def _tile(problem: PairProblem, cluster: int, left_rows: int) -> PairTile | None:
@@ -154,13 +163,41 @@ def _tile(problem: PairProblem, cluster: int, left_rows: int) -> PairTile | None
     return PairTile(cluster, right_rows, left_rows, min(stages, MOST_STAGES), cycles * (1.15 if stages < 3 else 1.0))
 
 
+def _register_tile(problem: PairProblem) -> PairTile | None:
+    """As ``pair_fits_registers`` in csrc/pair.h and csrc/pair_registers.cuh have it.
+
+    The cycles were fitted to 13 pairs at batches of 6,272 and 25,088 on one H100 (0.9 to 1.13 times what was measured),
+    then multiplied by 0.85, which is what the estimates of dense and of two kernels, fitted on an H200, are of their
+    times there.
+    """
+    link, itemsize = problem.link, problem.dtype.itemsize
+    rank, b, c = link.rank, link.left.b, link.right.c
+    if link.alpha != REGISTER_BLOCKS or link.delta != REGISTER_BLOCKS or rank not in REGISTER_RANKS:
+        return None
+    # Blocks of a padded input, and groups of a padded output, are no tensors that the copy engine knows.
+    if problem.in_features != link.right.in_features and c % REGISTER_K:
+        return None
+    if problem.out_features % 8 or b % 2 or (link.left.a > 1 and problem.out_features != link.left.out_features):
+        return None
+    left_j = 2 * rank if rank <= 32 else rank
+    row = REGISTER_K * itemsize
+    stage = max(TILE_ROWS + REGISTER_BLOCKS * rank, REGISTER_BLOCKS * left_j) * row
+    stages = (SHARED_BYTES - 1024 - 2 * TILE_ROWS * row) // stage
+    rights = REGISTER_BLOCKS * -(-c // REGISTER_K)
+    lefts = -(-b // left_j) * -(-REGISTER_BLOCKS * rank // REGISTER_K)
+    cycles = 2300 + rights * (570 + 4.8 * rank) + lefts * 7.6 * left_j + 24 * b
+    return PairTile(1, 0, 0, min(stages, MOST_STAGES), cycles)
+
+
 def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
 @lru_cache(maxsize=4096)
 def choose_pair_tile(problem: PairProblem, tuned: str | None = None) -> PairTile:
-    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it fits.
+    """The tile expected to be fastest, as the kernel chooses: registers hold the intermediate wherever they can.
+
+    ``tuned`` names the tile that was measured to be fastest, and decides if it fits.
 
     Raises ``ValueError`` where none fits: :func:`reason_against` comes first.
     """
@@ -170,7 +207,7 @@ def choose_pair_tile(problem: PairProblem, tuned: str | None = None) -> PairTile
     for tile in tiles:
         if tile.name == tuned:
             return tile
-    return min(tiles, key=lambda tile: tile.cycles * tile.cluster)
+    return min(tiles, key=lambda tile: (not tile.in_registers, tile.cycles * tile.cluster))
 
 
 def reason_against(problem: PairProblem) -> str | None:

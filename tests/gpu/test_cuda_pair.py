@@ -60,6 +60,13 @@ FIXED = [
     (1, 8, 24, 1, 50, 64),
     (1, 16, 32, 3, 20, 104),
     (1, 2, 2, 200, 300, 264),
+    # Those whose intermediate stays in registers.
+    (1, 4, 4, 16, 64, 64),
+    (1, 4, 4, 24, 96, 384),
+    (2, 4, 4, 24, 34, 72),
+    (1, 4, 4, 32, 130, 40),
+    (3, 4, 4, 48, 50, 96),
+    (2, 4, 4, 64, 66, 320),
 ]
 
 
@@ -135,11 +142,14 @@ def test_random_pairs():
 
 def test_many_tiles_of_the_batch():
     """More tiles than CTAs, so that a CTA takes several in a row."""
-    for entries in [(1, 4, 4, 48, 192, 192), (1, 64, 64, 1, 64, 64), (1, 32, 32, 1, 32, 32), (2, 2, 2, 24, 40, 64)]:
+    pairs = [(1, 4, 4, 48, 192, 192), (1, 64, 64, 1, 64, 64), (1, 32, 32, 1, 32, 32), (2, 2, 2, 24, 40, 64)]
+    for entries in [*pairs, (2, 4, 4, 24, 96, 96), (1, 4, 4, 64, 256, 256)]:
         check(entries, 20_000, torch.bfloat16, "none", True, True)
 
 
-@pytest.mark.parametrize(("in_features", "out_features"), [(760, 768), (768, 761), (448, 3), (8, 768)])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(760, 768), (768, 761), (768, 760), (448, 3), (448, 8), (8, 768)]
+)
 def test_logical_sizes(in_features, out_features):
     left, right = pair_of(1, 4, 4, 48, 192, 192)
     x, w_left, w_right, b = tensors(left, right, 300, torch.bfloat16, True)
