@@ -105,6 +105,19 @@ __device__ __forceinline__ void copy_box_to(uint16_t ctas, uint32_t destination,
       : "memory");
 }
 
+// A box from shared memory; what lies outside the tensor is left out. Ordinary stores to the box must be fenced before
+// (fence_shared_for_wgmma), and the box must stay until store_boxes_wait.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(&map), "r"(source),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
+// Until the boxes that this thread has stored are read.
+__device__ __forceinline__ void store_boxes_wait() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
