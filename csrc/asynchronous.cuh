@@ -106,9 +106,16 @@ __device__ __forceinline__ void copy_box_to(uint16_t ctas, uint32_t destination,
 }
 
 // A box of a tensor from shared memory, in the bulk group of this thread; what lies outside the tensor is not written.
+// Ordinary stores to the box must be fenced before (fence_shared_for_wgmma), and it must stay until store_box_wait_read.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\n" ::"l"(&map), "r"(source), "r"(c0),
                "r"(c1), "r"(c2)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(&map), "r"(source),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
 

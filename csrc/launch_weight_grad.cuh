@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "device.h"
+#include "launch_weight_grad_hopper.cuh"
 #include "weight_grad.cuh"
 
 namespace structlayers {
@@ -40,16 +41,18 @@ cudaError_t start_grad_small(WeightGrad p, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
+template <typename T, int V, int Parts>
+cudaError_t start_grad_sum_of(const WeightGrad& p, int64_t elements, cudaStream_t stream) {
+  const unsigned ctas = static_cast<unsigned>(grad_ceil_div(elements, 256 / Parts * V));
+  weight_grad_sum_kernel<T, V, Parts><<<ctas, 256, 0, stream>>>(p.partial, static_cast<T*>(p.dw), elements, p.splits);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t start_grad_sum(const WeightGrad& p, cudaStream_t stream) {
   const int64_t elements = static_cast<int64_t>(p.a) * p.d * p.dy.block * p.x.block;
-  T* dw = static_cast<T*>(p.dw);
-  if (elements % 4 == 0) {
-    weight_grad_sum_kernel<T, 4><<<static_cast<unsigned>(grad_ceil_div(elements, 128)), 256, 0, stream>>>(p.partial, dw, elements, p.splits);
-  } else {
-    weight_grad_sum_kernel<T, 1><<<static_cast<unsigned>(grad_ceil_div(elements, 32)), 256, 0, stream>>>(p.partial, dw, elements, p.splits);
-  }
-  return cudaGetLastError();
+  if (elements % 4 != 0) return start_grad_sum_of<T, 1, 8>(p, elements, stream);
+  return p.splits <= 8 ? start_grad_sum_of<T, 4, 1>(p, elements, stream) : start_grad_sum_of<T, 4, 8>(p, elements, stream);
 }
 
 // Type, split into two TF32, batch-last, l, then warps along i, j, k, n, warp tile j x k, rows of a warp and step, stages.
@@ -57,6 +60,12 @@ template <typename T>
 cudaError_t start_grad_16bit(const WeightGrad& p, bool batch_last, int tile, cudaStream_t stream) {
   if (tile == kGradSmallBlocks) return batch_last ? start_grad_small<T, true>(p, stream) : start_grad_small<T, false>(p, stream);
   if (batch_last != (tile == kGradLast128 || tile == kGradLast64 || tile == kGradLast32)) return cudaErrorInvalidValue;
+  if (tile == kGradHopper2 || tile == kGradHopper4 || tile == kGradHopper8) {
+    bool taken = false;
+    const cudaError_t error = start_grad_hopper_of<T>(p, tile, stream, taken);
+    if (taken) return error;
+    tile = tile == kGradHopper2 ? kGradRun2 : tile == kGradHopper4 ? kGradRun4 : kGradRun8;
+  }
   switch (tile) {
     case kGradRun1x16: return start_grad_tile<WeightGradTile<T, false, false, 1, 4, 1, 1, 2, 16, 16, 64, 5>>(p, stream);
     case kGradRun1x32: return start_grad_tile<WeightGradTile<T, false, false, 1, 2, 1, 1, 4, 32, 32, 32, 5>>(p, stream);

@@ -517,16 +517,18 @@ __global__ void __launch_bounds__(256) weight_grad_small_kernel(const __grid_con
   }
 }
 
-// dw from the partial sums. A warp takes 32 * V neighbouring elements and every eighth split; the order is always the same.
-template <typename T, int V>
-__global__ void __launch_bounds__(256) weight_grad_sum_kernel(const float* __restrict__ partial, T* __restrict__ dw, int64_t elements, int splits) {
-  __shared__ float sums[8][V][32];
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * V;
+// dw from the partial sums. A warp takes 32 * V neighbouring elements and every Parts-th split; the order is always the same.
+template <typename T, int V, int Parts>
+__global__ void __launch_bounds__(256)
+    weight_grad_sum_kernel(const float* __restrict__ partial, T* __restrict__ dw, int64_t elements, int splits) {
+  constexpr int Groups = 8 / Parts;
+  __shared__ float sums[Parts][V][Groups * 32];
+  const int thread = threadIdx.x % (Groups * 32), part = threadIdx.x / (Groups * 32);
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * (Groups * 32) + thread) * V;
   float sum[V] = {};
   if (index < elements) {
 #pragma unroll 4
-    for (int split = part; split < splits; split += 8) {
+    for (int split = part; split < splits; split += Parts) {
       const float* from = partial + split * elements + index;
       if constexpr (V == 4) {
         const float4 v = *reinterpret_cast<const float4*>(from);
@@ -539,16 +541,24 @@ __global__ void __launch_bounds__(256) weight_grad_sum_kernel(const float* __res
       }
     }
   }
+  if constexpr (Parts > 1) {
 #pragma unroll
-  for (int e = 0; e < V; ++e) sums[part][e][lane] = sum[e];
-  __syncthreads();
-  if (part > 0 || index >= elements) return;
+    for (int e = 0; e < V; ++e) sums[part][e][thread] = sum[e];
+    __syncthreads();
+    if (part > 0) return;
 #pragma unroll
-  for (int e = 0; e < V; ++e) {
-    float total = 0.f;
+    for (int e = 0; e < V; ++e) {
+      sum[e] = 0.f;
 #pragma unroll
-    for (int q = 0; q < 8; ++q) total += sums[q][e][lane];
-    dw[index + e] = from_float<T>(total);
+      for (int q = 0; q < Parts; ++q) sum[e] += sums[q][e][thread];
+    }
+  }
+  if (index >= elements) return;
+  if constexpr (V == 4 && sizeof(T) == 2) {
+    *reinterpret_cast<uint2*>(dw + index) = make_uint2(pack_two<T>(sum[0], sum[1]), pack_two<T>(sum[2], sum[3]));
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) dw[index + e] = from_float<T>(sum[e]);
   }
 }
 

@@ -51,6 +51,10 @@ enum WeightGradTileId : int {
   kGradLast128 = 19,
   kGradLast64 = 20,
   kGradLast32 = 21,
+  // On wgmma (weight_grad_hopper.cuh); kGradRun2, kGradRun4, kGradRun8 where that does not take the problem.
+  kGradHopper2 = 22,
+  kGradHopper4 = 23,
+  kGradHopper8 = 24,
 };
 
 // Launches on `stream` on the current device, the sum over splits included. Returns an error of the launch;

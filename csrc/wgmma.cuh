@@ -26,6 +26,11 @@ __host__ __device__ constexpr uint64_t wgmma_descriptor(uint32_t address) {
   return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | (group >> 4) << 32 | mode << 62;
 }
 
+// Of a transposed operand of more than 64 values: every further 64 of them lie `next` bytes behind those before.
+__host__ __device__ constexpr uint64_t wgmma_descriptor_wide(uint32_t address, uint32_t next) {
+  return (wgmma_descriptor<128>(address) & ~(uint64_t{0x3fff} << 16)) | uint64_t{next >> 4} << 16;
+}
+
 // acc (64 x N, float32) = a (64 x 32 bytes of K) * b (N x 32 bytes of K)^T, plus acc unless `fresh`. Asynchronous.
 template <typename T, int N>
 struct Wgmma;
@@ -266,15 +271,16 @@ STRUCTLAYERS_WGMMA_256(__nv_bfloat16, "bf16")
 
 // The same with a from registers: thread t of the warpgroup holds, in the four registers of 32 bytes of K, rows t / 4 % 8 and
 // that + 8 of the 16 of its warp (registers 0, 2 and 1, 3), bytes 4 (t % 4) of the first 16 (registers 0, 1) and the second
-// (2, 3). They must not change before the products are done.
-template <typename T, int N>
+// (2, 3). They must not change before the products are done. Transposed (16-bit): b lies in rows of K that hold up to 64 of its
+// N values, in swizzled groups of eight rows as wgmma_descriptor says; for N = 128 wgmma_descriptor_wide.
+template <typename T, int N, bool Transposed = false>
 struct WgmmaRegisters;
 
 #define STRUCTLAYERS_WGMMA_ACC(q) "+f"(acc[q][0]), "+f"(acc[q][1]), "+f"(acc[q][2]), "+f"(acc[q][3])
 
-#define STRUCTLAYERS_WGMMA_REGISTERS_32(T, TYPE, K, TAIL)                                                               \
+#define STRUCTLAYERS_WGMMA_REGISTERS_32(T, TYPE, K, TRANSPOSED, TAIL)                                                   \
 template <>                                                                                                             \
-struct WgmmaRegisters<T, 32> {                                                                                          \
+struct WgmmaRegisters<T, 32, TRANSPOSED> {                                                                              \
   __device__ static __forceinline__ void multiply(float (&acc)[4][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
     asm volatile(                                                                                                       \
         "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %21, 0;\n"                                                  \
@@ -285,9 +291,11 @@ struct WgmmaRegisters<T, 32> {                                                  
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                            \
   }                                                                                                                     \
 };
-STRUCTLAYERS_WGMMA_REGISTERS_32(__half, "f16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_32(__nv_bfloat16, "bf16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_32(float, "tf32", "k8", "")
+STRUCTLAYERS_WGMMA_REGISTERS_32(__half, "f16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_32(__half, "f16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_32(__nv_bfloat16, "bf16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_32(__nv_bfloat16, "bf16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_32(float, "tf32", "k8", false, "")
 #undef STRUCTLAYERS_WGMMA_REGISTERS_32
 
 #define STRUCTLAYERS_WGMMA_REGISTERS_48(T, TYPE, K, TAIL)                                                                  \
@@ -308,9 +316,9 @@ STRUCTLAYERS_WGMMA_REGISTERS_48(__half, "f16", "k16", ", 0")
 STRUCTLAYERS_WGMMA_REGISTERS_48(__nv_bfloat16, "bf16", "k16", ", 0")
 #undef STRUCTLAYERS_WGMMA_REGISTERS_48
 
-#define STRUCTLAYERS_WGMMA_REGISTERS_64(T, TYPE, K, TAIL)                                                               \
+#define STRUCTLAYERS_WGMMA_REGISTERS_64(T, TYPE, K, TRANSPOSED, TAIL)                                                   \
 template <>                                                                                                             \
-struct WgmmaRegisters<T, 64> {                                                                                          \
+struct WgmmaRegisters<T, 64, TRANSPOSED> {                                                                              \
   __device__ static __forceinline__ void multiply(float (&acc)[8][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
     asm volatile(                                                                                                       \
         "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %37, 0;\n"                                                  \
@@ -323,14 +331,16 @@ struct WgmmaRegisters<T, 64> {                                                  
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                            \
   }                                                                                                                     \
 };
-STRUCTLAYERS_WGMMA_REGISTERS_64(__half, "f16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_64(__nv_bfloat16, "bf16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_64(float, "tf32", "k8", "")
+STRUCTLAYERS_WGMMA_REGISTERS_64(__half, "f16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_64(__half, "f16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_64(__nv_bfloat16, "bf16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_64(__nv_bfloat16, "bf16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_64(float, "tf32", "k8", false, "")
 #undef STRUCTLAYERS_WGMMA_REGISTERS_64
 
-#define STRUCTLAYERS_WGMMA_REGISTERS_128(T, TYPE, K, TAIL)                                                               \
+#define STRUCTLAYERS_WGMMA_REGISTERS_128(T, TYPE, K, TRANSPOSED, TAIL)                                                   \
 template <>                                                                                                              \
-struct WgmmaRegisters<T, 128> {                                                                                          \
+struct WgmmaRegisters<T, 128, TRANSPOSED> {                                                                              \
   __device__ static __forceinline__ void multiply(float (&acc)[16][4], const uint32_t (&a)[4], uint64_t b, bool fresh) { \
     asm volatile(                                                                                                        \
         "{\n.reg .pred accumulate;\nsetp.eq.s32 accumulate, %69, 0;\n"                                                   \
@@ -347,9 +357,11 @@ struct WgmmaRegisters<T, 128> {                                                 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));                             \
   }                                                                                                                      \
 };
-STRUCTLAYERS_WGMMA_REGISTERS_128(__half, "f16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_128(__nv_bfloat16, "bf16", "k16", ", 0")
-STRUCTLAYERS_WGMMA_REGISTERS_128(float, "tf32", "k8", "")
+STRUCTLAYERS_WGMMA_REGISTERS_128(__half, "f16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_128(__half, "f16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_128(__nv_bfloat16, "bf16", "k16", false, ", 0")
+STRUCTLAYERS_WGMMA_REGISTERS_128(__nv_bfloat16, "bf16", "k16", true, ", 1")
+STRUCTLAYERS_WGMMA_REGISTERS_128(float, "tf32", "k8", false, "")
 #undef STRUCTLAYERS_WGMMA_REGISTERS_128
 
 #undef STRUCTLAYERS_WGMMA_ACC

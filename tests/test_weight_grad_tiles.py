@@ -14,6 +14,7 @@ from structlayers import Layout, Pattern
 from structlayers.backends.weight_grad_tiles import (
     GRAD_TILES_16BIT,
     GRAD_TILES_32BIT,
+    GRAD_TILES_HOPPER,
     SMALL_BLOCK,
     choose_grad_tile,
     estimate,
@@ -94,6 +95,36 @@ def test_tiles_of_an_older_gpu_fit_its_shared_memory():
         assert tiles and all(tile.shared_bytes(problem.dtype.itemsize) <= 163 * 1024 for tile in tiles), problem
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [2, 4, 8])
+def test_wide_blocks_in_short_runs_go_to_wgmma(dtype, d):
+    problem = Problem(Pattern(1, 512, 512, d), 16_384, dtype, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+    choice = choose_grad_tile(problem, MULTIPROCESSORS)
+    assert choice is not None and choice.tile in GRAD_TILES_HOPPER and choice.tile.run == d
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capability": (10, 0)},
+        {"capability": (8, 0)},
+        {"dtype": torch.float32},
+        {"layout": Layout.BATCH_LAST},
+        {"pattern": Pattern(1, 512, 516, 4)},
+        {"pattern": Pattern(1, 512, 512, 1)},
+        {"pattern": Pattern(1, 512, 512, 16)},
+        {"pattern": Pattern(3, 511, 512, 4)},
+        {"n": 0},
+    ],
+    ids=str,
+)
+def test_what_wgmma_does_not_take(changes):
+    pattern = Pattern(1, 512, 512, 4)
+    problem = Problem(pattern, 4096, torch.bfloat16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+    assert set(GRAD_TILES_HOPPER) & set(grad_tiles_for(problem))
+    assert not set(GRAD_TILES_HOPPER) & set(grad_tiles_for(dataclasses.replace(problem, **changes)))
+
+
 # ---- the tables are those of the kernels
 
 
@@ -126,3 +157,17 @@ def test_the_table_says_what_is_compiled(table, function, itemsize):
         assert (tile.rows, tile.columns) == (warps_j * rows, warps_k * columns), name
         assert (tile.step, tile.stages) == (warps_n * warp_rows, stages), name
         assert tile.shared_bytes(itemsize) <= 227 * 1024, name
+
+
+def test_the_table_of_wgmma_tiles_says_what_is_compiled():
+    header = (ROOT / "csrc" / "weight_grad.h").read_text(encoding="utf-8")
+    launch = (ROOT / "csrc" / "launch_weight_grad_hopper.cuh").read_text(encoding="utf-8")
+    kernel = (ROOT / "csrc" / "weight_grad_hopper.cuh").read_text(encoding="utf-8")
+    numbers = {name: int(number) for name, number in re.findall(r"(kGrad\w+) = (\d+),", header)}
+    compiled = re.findall(r"(?:case (k\w+)|default): .*HopperGradTile<T, (\d), (\d)>", launch)
+    assert len(compiled) == len(GRAD_TILES_HOPPER)
+    for (name, run, cluster), tile in zip(compiled, GRAD_TILES_HOPPER, strict=True):
+        assert (tile.number, tile.run, tile.cluster) == (numbers[name or f"kGradHopper{run}"], int(run), int(cluster))
+        assert (tile.rows, tile.columns) == (128, 256 // tile.run) and tile.step == (16 if tile.run == 8 else 32)
+    assert "TJ = 128, TK = 256 / DL, Rows = DL == 8 ? 16 : 32" in kernel
+    assert [tile.stages for tile in GRAD_TILES_HOPPER] == [5, 4, 4] and "DyStages = DL == 2 ? 5 : 4" in kernel

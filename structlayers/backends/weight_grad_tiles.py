@@ -16,7 +16,7 @@ class GradTile:
     """One compiled tile: ``groups`` neighbouring i, ``run`` neighbouring l, ``rows`` of j and ``columns`` of k a CTA.
 
     It takes ``step`` rows of the batch at a time, ``stages`` of them ahead. ``number`` is its name in
-    ``csrc/weight_grad.h``.
+    ``csrc/weight_grad.h``. Neighbours along k run in clusters of ``cluster``.
     """
 
     name: str
@@ -28,6 +28,7 @@ class GradTile:
     columns: int
     step: int
     stages: int
+    cluster: int = 1
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipeline, which is the largest part of what a CTA needs."""
@@ -84,6 +85,13 @@ GRAD_TILES_32BIT = (
     GradTile("last_32", 21, _LAST, 1, 1, 32, 32, 128, 5),
 )
 
+# On wgmma, 16-bit, for runs of all l of the pattern (csrc/weight_grad_hopper.cuh).
+GRAD_TILES_HOPPER = (
+    GradTile("hopper2", 22, _FIRST, 1, 2, 128, 128, 32, 5),
+    GradTile("hopper4", 23, _FIRST, 1, 4, 128, 64, 32, 4),
+    GradTile("hopper8", 24, _FIRST, 1, 8, 128, 32, 16, 4, cluster=2),
+)
+
 # Most rows that a split adds up in the tensor cores' own accumulators, which truncate.
 _LONGEST_SPLIT = 32_768
 # Shared memory of a CTA by compute capability, and of every other one.
@@ -94,11 +102,13 @@ _SHARED_BYTES_ELSEWHERE = 99 * 1024
 _MEMORY = 4.2e6
 _CACHE_OF_MULTIPROCESSOR = 6.5e6 / 132
 _PRODUCTS_OF_MULTIPROCESSOR = {"16bit": 1.5e6, "tf32": 0.7e6, "split": 0.22e6, "small": 0.1e6}
+# What the wgmma tiles move through the shared memory of a multiprocessor, which bounds them (one H100).
+_SHARED_OF_MULTIPROCESSOR = 2.35e5
 # Elements per microsecond that a multiprocessor moves one by one, where they are no whole pieces of 16 bytes:
 # neighbours, and those that lie apart.
 _NEIGHBOURS_OF_MULTIPROCESSOR, _ELEMENTS_OF_MULTIPROCESSOR = 1.5e4, 2e3
-# Microseconds of a CTA beside its rows, and of the second kernel.
-_START, _SUM = 4.0, 3.0
+# Microseconds of a CTA beside its rows (mma.sync, wgmma), and of the second kernel.
+_START, _WGMMA_START, _SUM = 4.0, 2.5, 3.0
 _SECTOR = 32
 
 
@@ -108,6 +118,8 @@ def grad_tiles_for(problem: Problem) -> list[GradTile]:
     table = GRAD_TILES_32BIT if problem.dtype == torch.float32 else GRAD_TILES_16BIT
     room = _SHARED_BYTES.get(problem.capability, _SHARED_BYTES_ELSEWHERE)
     tiles = [tile for tile in table if tile.layout is problem.layout and tile.shared_bytes(itemsize) <= room]
+    if problem.dtype != torch.float32 and problem.layout is _FIRST and problem.capability == (9, 0):
+        tiles += [tile for tile in GRAD_TILES_HOPPER if tile.run == problem.pattern.d and _takes_wgmma(problem, tile)]
     if max(problem.pattern.b, problem.pattern.c) <= SMALL_BLOCK:
         tiles.append(GradTile("small_blocks", 0, problem.layout, 1, 1, SMALL_BLOCK, SMALL_BLOCK, 32, 0))
     return tiles
@@ -130,7 +142,8 @@ def _tiles(problem: Problem, tile: GradTile) -> int:
     a, b, c, d = problem.pattern
     if tile.number == 0:
         return _ceil(a * d, 32 if problem.layout is Layout.BATCH_FIRST else 8)
-    return _ceil(a, tile.groups) * _ceil(d, tile.run) * _ceil(b, tile.rows) * _ceil(c, tile.columns)
+    tiles_k = _ceil(c, tile.columns * tile.cluster) * tile.cluster
+    return _ceil(a, tile.groups) * _ceil(d, tile.run) * _ceil(b, tile.rows) * tiles_k
 
 
 def _read_per_element(problem: Problem, tile: GradTile) -> float:
@@ -152,6 +165,11 @@ def _takes_pieces(problem: Problem, tile: GradTile) -> bool:
     return whole and (problem.pattern.a == 1 or (b * d % piece == 0 and c * d % piece == 0))
 
 
+def _takes_wgmma(problem: Problem, tile: GradTile) -> bool:
+    """Whether a tile of ``GRAD_TILES_HOPPER`` computes it; tensors whose rows are not aligned it leaves to others."""
+    return problem.pattern.c % 8 == 0 and problem.n > 0 and _takes_pieces(problem, tile)
+
+
 def estimate(problem: Problem, tile: GradTile, splits: int, multiprocessors: int) -> float:
     """Expected time in microseconds."""
     a, b, c, d = pattern = problem.pattern
@@ -171,9 +189,14 @@ def estimate(problem: Problem, tile: GradTile, splits: int, multiprocessors: int
         together = problem.layout is Layout.BATCH_LAST or tile.run >= min(d, 16 // itemsize)
         rate = _NEIGHBOURS_OF_MULTIPROCESSOR if together else _ELEMENTS_OF_MULTIPROCESSOR
         read = n * tile.groups * tile.run * (tile.rows + tile.columns) / rate
-    busy = max(read, padded / _PRODUCTS_OF_MULTIPROCESSOR[kind]) / splits
+    busy, start = max(read, padded / _PRODUCTS_OF_MULTIPROCESSOR[kind]), _START
+    if tile in GRAD_TILES_HOPPER:
+        # dy is written and read, x is written, separated by l, and read by two warpgroups; padding counts.
+        busy = n * tile.run * itemsize * (2 * tile.rows + 5 * tile.columns) / _SHARED_OF_MULTIPROCESSOR
+        start = _WGMMA_START
+    busy /= splits
     summing = _SUM + 8 * splits * pattern.nnz / _MEMORY if splits > 1 else 0.0
-    return max(rounds * (busy + _START), pattern.bytes(n, itemsize) / _MEMORY) + summing
+    return max(rounds * (busy + start), pattern.bytes(n, itemsize) / _MEMORY) + summing
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from torch import Tensor
 from structlayers import Layout, Pattern, ks_linear
 from structlayers._extension import why_missing
 from structlayers.backends import cuda
-from structlayers.backends.weight_grad_tiles import GradChoice, choose_grad_tile, grad_tiles_for
+from structlayers.backends.weight_grad_tiles import GRAD_TILES_HOPPER, GradChoice, choose_grad_tile, grad_tiles_for
 from structlayers.bench.products import float32_precision
 from structlayers.bench.verify import agreement
 from structlayers.problem import Problem
@@ -95,8 +95,29 @@ def test_every_tile_and_split_agrees_with_float64(kind, layout, seed):
                 assert found.agrees, f"{where}: {found}"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no wgmma")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tile", GRAD_TILES_HOPPER, ids=lambda tile: tile.name)
+def test_wgmma_tiles_agree_with_float64_at_every_edge(tile, dtype):
+    for a, b, c in ((1, 128, tile.columns), (1, 136, 264), (1, 1, 8), (2, 72, 40), (3, 200, 136)):
+        pattern = Pattern(a, b, c, tile.run)
+        # Features that are left out, and columns of NaN on either side; 3 leaves rows that only the other tiles take.
+        for n, fewer, margin in ((1, 0, 0), (16, 0, 8), (33, 8, 8), (257, 3, 8), (1000, 0, 0), (100, 0, 3)):
+            rows, columns = max(1, pattern.out_features - fewer), pattern.in_features - fewer
+            if columns < 1:
+                continue
+            dy, x = draw(n, rows, dtype=dtype, seed=1), draw(n, columns, dtype=dtype, seed=2)
+            truth = expected(dy, x, pattern, Layout.BATCH_FIRST)
+            dy, x = within_nan(dy, margin), within_nan(x, margin)
+            for splits in (1, 3, 9):
+                poison(pattern, dtype, splits)
+                dw = cuda.weight_grad(dy, x, pattern, Layout.BATCH_FIRST, GradChoice(tile, splits))
+                found = agreement(dw, truth, tolerance(dtype, n))
+                assert found.agrees, f"{pattern}, n={n}, {splits} splits, {fewer} fewer, margin {margin}: {found}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 192, 192, 1), (1, 64, 64, 64), (1, 256, 128, 4)])
+@pytest.mark.parametrize("shape", [(1, 512, 512, 4), (4, 192, 192, 1), (1, 64, 64, 64), (1, 256, 128, 4)])
 def test_a_long_batch_twice_gives_the_same_bits(shape, dtype):
     pattern, n = Pattern(*shape), 25_088
     dy, x = draw(n, pattern.out_features, dtype=dtype), draw(n, pattern.in_features, dtype=dtype, seed=1)
