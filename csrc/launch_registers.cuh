@@ -89,8 +89,10 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
   constexpr int Size = sizeof(T);
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
   if constexpr (takes_batch_last<Tile>()) {
-    return make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
-                           {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}});
+    if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
+                         {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
+      return false;
+    }
   } else if constexpr (!Tile::Strided) {
     const int64_t blocks = s.flat_input ? 1 : p.a;
     // Where a is 1, its stride is not used, but must be one that a map takes.

@@ -212,7 +212,11 @@ def test_values_of_the_float32_tiles_that_take_x_to_registers(case, kind, layout
     pattern, (dtype, tf32) = Pattern(*entries), KINDS[kind]
     problem = Problem(pattern, n, dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
     tiles = [tile for tile in tiles_for(problem, built_for_sm90a()) if tile.registers]
-    for bias, activation, strides in ((False, "none", "contiguous"), (True, "gelu", "wide"), (True, "none", "contiguous")):
+    for bias, activation, strides in (
+        (False, "none", "contiguous"),
+        (True, "gelu", "wide"),
+        (True, "none", "contiguous"),
+    ):
         call = Call(problem, pattern.in_features - 4 * pads, pattern.out_features - pads, bias, activation, strides)
         check(call, tiles, seed=n)
 
