@@ -6,7 +6,8 @@
 // Index map: units, tiles and the persistent grid are those of unit_walk.cuh. Two warpgroups multiply: they cut the rows of a
 // tile (DL = 1, 2, 4) or its l (DL = 8). A third fetches: x by the copy engine (where d = DL) or by three of its warps
 // (d > DL: runs of 32 bytes), w by the copy engine. A fourth splits w in place, or fetches it where its rows are not whole
-// 16-byte pieces.
+// 16-byte pieces. A cluster of two CTAs takes two neighbouring tiles along j, and each fetches half of the rows of x for both; or,
+// where d > DL, two neighbouring runs of l, so that both halves of 64 bytes of memory are read, and written, at one time.
 //
 //   x in shared memory: boxes of 128 bytes of every row, [k][l] as it lies, 16-byte pieces swizzled by the row
 //   batch-last: one l; boxes of 32 n of every k, [k][n] as it lies, swizzled likewise
@@ -29,20 +30,23 @@
 
 namespace structlayers {
 
-// LW: products that share a step: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles).
-template <bool Split_, int DL_, bool Strided_, bool Last_ = false>
+// LW: products that share a step: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles). JGroups: into
+// how many parts the warpgroups cut the values of j; otherwise they cut the l (DL = 8) or the rows.
+template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int JGroups_ = 1, int Cluster_ = 1>
 struct Float32Tile {
   using T = float;
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
-  static constexpr int Cluster = 1, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / LGroups;
+  // Two CTAs take neighbouring l where runs lie apart, else neighbouring tiles along j.
+  static constexpr int Cluster = Cluster_, ClusterL = Strided ? Cluster : 1;
+  static constexpr int JGroups = JGroups_, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / (JGroups * LGroups);
   static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles;
-  static constexpr int WJ = 64, TJ = WJ;
+  static constexpr int WJ = 64 / JGroups, TJ = 64;
   static constexpr int Consumers = 256, Threads = Consumers + 256;
   // A step takes StepK values of k, in XSlots slots of x.
   static constexpr int XK = DL <= 2 ? 32 : 8, StepK = XK < 16 ? 16 : XK, XSlots = StepK / XK;
-  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN;
-  static constexpr int BoxBytes = BoxRows * 128, XBytes = Boxes * BoxBytes;
+  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : Strided ? TN : TN / Cluster;
+  static constexpr int BoxBytes = (Last ? XK : TN) * 128, XBytes = Boxes * BoxBytes;
   static constexpr int XWarps = 3, XArrivals = Strided ? 32 * XWarps : 1;
   // A slot of w holds WK values of k of WL values of l: where the warpgroups cut l, each has slots of its own, in turn.
   static constexpr int WK = Split ? StepK : 32, WSteps = WK / StepK, WL = DL / LGroups, WRow = WK * 4, WPart = WL * TJ * WRow;
@@ -51,6 +55,7 @@ struct Float32Tile {
   static constexpr int YBytes = LGroups == 2 ? Consumers * 64 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 5 * MaxSlots * 8;
   static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1));
+  static_assert((Cluster == 1 || (Cluster == 2 && !Last)) && RowGroups >= 1);
   static_assert(XBytes % 1024 == 0 && WPart % 1024 == 0);
 };
 
@@ -58,7 +63,7 @@ template <typename Tile>
 class Float32Registers : UnitWalk<Tile> {
   using Walk = UnitWalk<Tile>;
   using typename Walk::Place;
-  using Walk::place, Walk::p, Walk::s;
+  using Walk::place, Walk::p, Walk::s, Walk::rank;
   static constexpr int DL = Tile::DL, LW = Tile::LW, WJ = Tile::WJ, TN = Tile::TN, Parts = Tile::StepK / 16;
   static constexpr bool Split = Tile::Split;
 
@@ -75,23 +80,30 @@ class Float32Registers : UnitWalk<Tile> {
 
   // ---- the threads that fetch
 
+  // Both CTAs of a cluster have read the slot.
+  __device__ __forceinline__ void wait_x_empty(const Ring& ring) const {
+    if constexpr (Tile::Cluster == 1) barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+    else barrier_wait_cluster(x_empty + 8 * ring.slot, ring.parity ^ 1);
+  }
+
   __device__ __forceinline__ void fetch_x() const {
     Ring ring;
-    for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
       const Place at = place(unit);
       // Features of block i begin at i * c * d of a row, or at 0 of block i of the map.
       const int block = s.flat_input ? 0 : at.i, first_k = s.flat_input ? at.i * p.c : 0;
       for (int tile = 0; tile < at.tiles; ++tile) {
         for (int piece = 0; piece < steps * Tile::XSlots; ++piece) {
           const uint32_t full = x_full + 8 * ring.slot;
-          barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+          wait_x_empty(ring);
           barrier_expect(full, Tile::XBytes);
 #pragma unroll
           for (int box = 0; box < Tile::Boxes; ++box) {
-            const uint32_t destination = shared + ring.slot * Tile::XBytes + box * Tile::BoxBytes;
-            const int n = static_cast<int>(at.n0) + tile * TN, k = first_k + piece * Tile::XK;
+            const uint32_t destination = shared + ring.slot * Tile::XBytes + box * Tile::BoxBytes + rank * (Tile::BoxRows * 128);
+            const int n = static_cast<int>(at.n0) + tile * TN + rank * Tile::BoxRows, k = first_k + piece * Tile::XK;
             if constexpr (Tile::Last) copy_box(destination, x_map, full, n + box * 32, at.l0, k, at.i);
-            else copy_box(destination, x_map, full, k * DL + box * 32, block, n);
+            else if constexpr (Tile::Cluster == 1) copy_box(destination, x_map, full, k * DL + box * 32, block, n);
+            else copy_box_to(3, destination, x_map, full, k * DL + box * 32, block, n);
           }
           ring.advance(s.x_slots);
         }
@@ -107,7 +119,7 @@ class Float32Registers : UnitWalk<Tile> {
     const uint32_t box = k / 4 * Tile::BoxBytes;
     const int64_t slot_features = int64_t{Tile::XK} * p.d;
     Ring ring;
-    for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
       const Place at = place(unit);
       const int64_t run = static_cast<int64_t>(p.c) * p.d, block = at.i * run;
       const int64_t first = static_cast<int64_t>(k) * p.d + at.l0 + half * 4;
@@ -123,7 +135,7 @@ class Float32Registers : UnitWalk<Tile> {
           const uint32_t slot = shared + ring.slot * Tile::XBytes + box;
           const int valid_rows = left > 0 ? rows : 0;
           const float* source = slot_source;
-          barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+          wait_x_empty(ring);
 #pragma unroll
           for (int r = 0; r < Pairs; r += Tile::XWarps, source += 2 * Tile::XWarps * p.x_stride) {
             const int n = first_row + 2 * r;
@@ -145,9 +157,9 @@ class Float32Registers : UnitWalk<Tile> {
   template <typename Fill>
   __device__ __forceinline__ void for_w(const Fill& fill) const {
     Ring ring;
-    for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
       const Place at = place(unit);
-      const int times = s.resident ? 1 : at.tiles;
+      const int times = s.resident ? min(at.tiles, 1) : at.tiles;
       for (int tile = 0; tile < times; ++tile) {
 #pragma unroll 1
         for (int k0 = 0; k0 < p.c; k0 += Tile::WK) {
@@ -221,6 +233,7 @@ class Float32Registers : UnitWalk<Tile> {
 
   // ---- x: shared memory to registers
 
+  const int my_j = Tile::JGroups == 2 ? group * WJ : 0;
   const int my_row = (Tile::RowGroups == 2 ? group * 64 * Tile::RowTiles : 0) + warp * 16;
   // The row, of eight, of this thread's accumulators: threads that read at a time read different banks.
   static __device__ __forceinline__ int row_of(int quad) {
@@ -338,16 +351,20 @@ class Float32Registers : UnitWalk<Tile> {
 
   __device__ __forceinline__ void release_x(const Step& step) const {
     __syncwarp();
-    if (lane == 0) {
 #pragma unroll
-      for (int q = 0; q < Tile::XSlots; ++q) barrier_arrive(step.empty[q]);
+    for (int q = 0; q < Tile::XSlots; ++q) {
+      if constexpr (Tile::Cluster == 1) {
+        if (lane == 0) barrier_arrive(step.empty[q]);
+      } else {
+        if (lane < Tile::Cluster) barrier_arrive_remote(map_to_cta(step.empty[q], lane));
+      }
     }
   }
 
   // The products of one step of x with one slot of w, promoted; all are done at the end. Where registers allow, the operands
   // of the next batch (16 k, one l) are made, and the sums of the one before promoted, while those of one are under way.
   __device__ __forceinline__ void multiply_split(Accumulators& acc, const Step& step, uint64_t w) const {
-    constexpr int Batches = Parts * LW, Buffers = LW == 4 ? 1 : 2;
+    constexpr int Batches = Parts * LW, Buffers = LW * WJ == 256 ? 1 : 2;
     Raw raw;
     Operands upper[Buffers], lower[Buffers];
     Partial partial[Buffers];
@@ -415,7 +432,7 @@ class Float32Registers : UnitWalk<Tile> {
     Ring x, w;
     if (Tile::LGroups == 2 && group == 1) w.advance(s.w_slots);
     Accumulators acc;
-    for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
       Place at = place(unit);
       for (int tile = 0; tile < at.tiles; ++tile, at.n0 += TN) {
         const bool last_use = !s.resident || tile == at.tiles - 1;
@@ -436,7 +453,7 @@ class Float32Registers : UnitWalk<Tile> {
         for (int step = 0; step < steps; ++step) {
           const int w_part = step % Tile::WSteps;
           if (w_part == 0) barrier_wait(w_full + 8 * w.slot, w.parity);
-          const uint64_t b = wgmma_descriptor<Tile::WRow>(w_base + w.slot * Tile::WBytes) + w_part * (Parts * 4);
+          const uint64_t b = wgmma_descriptor<Tile::WRow>(w_base + w.slot * Tile::WBytes + my_j * Tile::WRow) + w_part * (Parts * 4);
           const Step x_step = wait_x(x);
           if constexpr (Split) multiply_split(acc, x_step, b);
           else multiply_tf32(acc, x_step, b, step == 0, release_w);
@@ -467,13 +484,13 @@ class Float32Registers : UnitWalk<Tile> {
     if constexpr (Tile::Last) {
       write_y_last(acc, at);
     } else {
-      const int column0 = Tile::LGroups == 2 ? group * (WJ / 2) : 0;
+      const int column0 = Tile::LGroups == 2 ? group * (WJ / 2) : my_j;
 #pragma unroll
       for (int m = 0; m < Tile::RowTiles; ++m) {
         const int64_t n0 = at.n0 + my_row + m * 64;
-        // All of this warp's rows and columns exist: one path for the whole warp.
-        const bool whole = p.y_aligned && n0 + 16 <= p.n && at.j0 + column0 + Groups * 8 <= p.b &&
-                           (static_cast<int64_t>(at.i) * p.b + at.j0 + column0 + Groups * 8 - 1) * p.d + at.l0 + LE <= p.out_features;
+        // So many of this warp's columns are written by one path for the whole warp: they exist in all of its rows.
+        const int64_t features = (p.out_features - at.l0 - LE) / p.d + 1 - static_cast<int64_t>(at.i) * p.b;
+        const int whole = p.y_aligned && n0 + 16 <= p.n ? static_cast<int>(min(static_cast<int64_t>(p.b), features)) - at.j0 : 0;
 #pragma unroll
         for (int g = 0; g < Groups; ++g) {
           Finished z;
@@ -485,7 +502,7 @@ class Float32Registers : UnitWalk<Tile> {
 #pragma unroll
               for (int e = 0; e < 4; ++e) z[l][e] = acc[DL == 1 ? m : l][g][e];
           }
-          write_y(z, at, n0 + row, column0 + g * 8, whole);
+          write_y(z, at, n0 + row, column0 + g * 8, column0 + g * 8 + 8 <= whole);
         }
       }
     }
@@ -637,7 +654,7 @@ class Float32Registers : UnitWalk<Tile> {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < s.x_slots; ++slot) {
         barrier_init(x_full + 8 * slot, Tile::XArrivals);
-        barrier_init(x_empty + 8 * slot, Tile::Consumers / 32);
+        barrier_init(x_empty + 8 * slot, Tile::Consumers / 32 * Tile::Cluster);
       }
       for (int slot = 0; slot < s.w_slots; ++slot) {
         barrier_init(w_raw + 8 * slot, 1);
@@ -647,6 +664,7 @@ class Float32Registers : UnitWalk<Tile> {
       barrier_init_fence();
     }
     __syncthreads();
+    if constexpr (Tile::Cluster > 1) cluster_sync();
     if (group < 2) {
       take_registers<216>();
       multiply();
@@ -665,6 +683,8 @@ class Float32Registers : UnitWalk<Tile> {
       if (!p.w_aligned) prepare_w<true>(threadIdx.x % 128);
       else if constexpr (Split) prepare_w<false>(threadIdx.x % 128);
     }
+    // Nobody leaves while the other may still write here.
+    if constexpr (Tile::Cluster > 1) cluster_sync();
   }
 };
 

@@ -2,6 +2,8 @@
 //
 // A tile is TN rows n, TJ values of j and DL neighbouring l of one i. A unit is `unit_tiles` tiles that follow one another
 // along n; a persistent grid takes units with j running fastest, then l, i and n, so that CTAs that read the same x run together.
+// Where w is larger than the L2 keeps, `group` units along n run fastest, then j, l, the rest of n and i: every w is fetched
+// once for a group, and what runs at one time is about as many rows as columns.
 #pragma once
 
 #include "asynchronous.cuh"
@@ -14,8 +16,17 @@ struct RegisterShape {
   int x_slots, w_slots, unit_tiles;
   bool resident;     // w of a unit stays; w_slots hold all of it
   bool flat_input;   // x is fetched by features, not by blocks: logical padding
+  int group;         // 0: w of all i stays in the L2
   unsigned units;    // of a cluster
 };
+
+// How many CTAs of a cluster lie along l; the others lie along j.
+template <typename Tile>
+constexpr int kClusterL = 1;
+
+template <typename Tile>
+  requires requires { Tile::ClusterL; }
+constexpr int kClusterL<Tile> = Tile::ClusterL;
 
 template <typename Tile>
 struct UnitWalk {
@@ -34,16 +45,31 @@ struct UnitWalk {
 
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
-    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
+    constexpr int Along = Tile::Cluster / kClusterL<Tile>;
+    const unsigned tiles_j = (p.b + Tile::TJ * Along - 1) / (Tile::TJ * Along);
+    const unsigned tiles_l = (p.d + Tile::DL * kClusterL<Tile> - 1) / (Tile::DL * kClusterL<Tile>);
     Place at;
-    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    unsigned n = 0;
+    if (s.group > 0) {
+      n = unit % s.group;
+      unit /= s.group;
+    }
+    at.j0 = (static_cast<int>(unit % tiles_j) * Along + rank % Along) * Tile::TJ;
     unit /= tiles_j;
-    at.l0 = static_cast<int>(unit % tiles_l) * Tile::DL;
+    at.l0 = (static_cast<int>(unit % tiles_l) * kClusterL<Tile> + rank / Along) * Tile::DL;
     unit /= tiles_l;
-    at.i = static_cast<int>(unit % p.a);
-    const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
+    if (s.group > 0) {
+      const unsigned groups = static_cast<unsigned>((tiles_n + s.unit_tiles * s.group - 1) / (s.unit_tiles * s.group));
+      n += unit % groups * s.group;
+      at.i = static_cast<int>(unit / groups);
+    } else {
+      at.i = static_cast<int>(unit % p.a);
+      n = unit / p.a;
+    }
+    const int64_t first = static_cast<int64_t>(n) * s.unit_tiles;
     at.n0 = first * Tile::TN;
-    at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
+    // None, or fewer, at the end of the last group.
+    at.tiles = static_cast<int>(max(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)), int64_t{0}));
     return at;
   }
 };
