@@ -6,8 +6,7 @@
 // Index map: units, tiles and the persistent grid are those of unit_walk.cuh. Two warpgroups multiply: they cut the rows of a
 // tile (DL = 1, 2, 4) or its l (DL = 8). A third fetches: x by the copy engine (where d = DL) or by three of its warps
 // (d > DL: runs of 32 bytes), w by the copy engine. A fourth splits w in place, or fetches it where its rows are not whole
-// 16-byte pieces. A cluster of two CTAs takes two neighbouring tiles along j, and each fetches half of the rows of x for both; or,
-// where d > DL, two neighbouring runs of l, so that both halves of 64 bytes of memory are read, and written, at one time.
+// 16-byte pieces. A cluster of two CTAs takes two neighbouring tiles along j; each fetches half of the rows of x for both.
 //
 //   x in shared memory: boxes of 128 bytes of every row, [k][l] as it lies, 16-byte pieces swizzled by the row
 //   batch-last: one l; boxes of 32 n of every k, [k][n] as it lies, swizzled likewise
@@ -31,21 +30,19 @@
 namespace structlayers {
 
 // LW: products that share a step: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles). JGroups: into
-// how many parts the warpgroups cut the values of j; otherwise they cut the l (DL = 8) or the rows.
-template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int JGroups_ = 1, int Cluster_ = 1>
+// how many parts the warpgroups cut the values of j; otherwise they cut the l (DL = 8) or the rows. WJ: j of a warpgroup.
+template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int JGroups_ = 1, int WJ_ = 64, int Cluster_ = 1>
 struct Float32Tile {
   using T = float;
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
-  // Two CTAs take neighbouring l where runs lie apart, else neighbouring tiles along j.
-  static constexpr int Cluster = Cluster_, ClusterL = Strided ? Cluster : 1;
-  static constexpr int JGroups = JGroups_, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / (JGroups * LGroups);
+  static constexpr int Cluster = Cluster_, JGroups = JGroups_, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / (JGroups * LGroups);
   static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles;
-  static constexpr int WJ = 64 / JGroups, TJ = 64;
+  static constexpr int WJ = WJ_, TJ = WJ * JGroups;
   static constexpr int Consumers = 256, Threads = Consumers + 256;
   // A step takes StepK values of k, in XSlots slots of x.
   static constexpr int XK = DL <= 2 ? 32 : 8, StepK = XK < 16 ? 16 : XK, XSlots = StepK / XK;
-  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : Strided ? TN : TN / Cluster;
+  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN / Cluster;
   static constexpr int BoxBytes = (Last ? XK : TN) * 128, XBytes = Boxes * BoxBytes;
   static constexpr int XWarps = 3, XArrivals = Strided ? 32 * XWarps : 1;
   // A slot of w holds WK values of k of WL values of l: where the warpgroups cut l, each has slots of its own, in turn.
@@ -55,7 +52,7 @@ struct Float32Tile {
   static constexpr int YBytes = LGroups == 2 ? Consumers * 64 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 5 * MaxSlots * 8;
   static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1));
-  static_assert((Cluster == 1 || (Cluster == 2 && !Last)) && RowGroups >= 1);
+  static_assert((Cluster == 1 || (Cluster == 2 && !Strided && !Last)) && RowGroups >= 1);
   static_assert(XBytes % 1024 == 0 && WPart % 1024 == 0);
 };
 
@@ -80,12 +77,6 @@ class Float32Registers : UnitWalk<Tile> {
 
   // ---- the threads that fetch
 
-  // Both CTAs of a cluster have read the slot.
-  __device__ __forceinline__ void wait_x_empty(const Ring& ring) const {
-    if constexpr (Tile::Cluster == 1) barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
-    else barrier_wait_cluster(x_empty + 8 * ring.slot, ring.parity ^ 1);
-  }
-
   __device__ __forceinline__ void fetch_x() const {
     Ring ring;
     for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
@@ -95,7 +86,8 @@ class Float32Registers : UnitWalk<Tile> {
       for (int tile = 0; tile < at.tiles; ++tile) {
         for (int piece = 0; piece < steps * Tile::XSlots; ++piece) {
           const uint32_t full = x_full + 8 * ring.slot;
-          wait_x_empty(ring);
+          if constexpr (Tile::Cluster == 1) barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+          else barrier_wait_cluster(x_empty + 8 * ring.slot, ring.parity ^ 1);
           barrier_expect(full, Tile::XBytes);
 #pragma unroll
           for (int box = 0; box < Tile::Boxes; ++box) {
@@ -135,7 +127,7 @@ class Float32Registers : UnitWalk<Tile> {
           const uint32_t slot = shared + ring.slot * Tile::XBytes + box;
           const int valid_rows = left > 0 ? rows : 0;
           const float* source = slot_source;
-          wait_x_empty(ring);
+          barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
 #pragma unroll
           for (int r = 0; r < Pairs; r += Tile::XWarps, source += 2 * Tile::XWarps * p.x_stride) {
             const int n = first_row + 2 * r;
@@ -480,30 +472,82 @@ class Float32Registers : UnitWalk<Tile> {
   static constexpr int LE = DL, Groups = WJ / 8 / Tile::LGroups;
   using Finished = float[LE][4];
 
-  __device__ __forceinline__ void finish(Accumulators& acc, const Place& at) const {
+  __device__ __forceinline__ void finish(const Accumulators& acc, const Place& at) const {
     if constexpr (Tile::Last) {
       write_y_last(acc, at);
     } else {
-      const int column0 = Tile::LGroups == 2 ? group * (WJ / 2) : my_j;
+      // Nothing that follows from it is kept in registers while products are under way.
+      int thread = lane;
+      asm volatile("" : "+r"(thread));
+      const int column0 = Tile::LGroups == 2 ? group * (WJ / 2) : my_j, columns = min(Groups * 8, p.b - at.j0 - column0);
+      const int64_t d = step_j(), feature0 = (static_cast<int64_t>(at.i) * p.b + at.j0 + column0) * d + at.l0;
 #pragma unroll
       for (int m = 0; m < Tile::RowTiles; ++m) {
+        // Whole eighths of columns in all rows of this warp: one path for all of it.
         const int64_t n0 = at.n0 + my_row + m * 64;
-        // So many of this warp's columns are written by one path for the whole warp: they exist in all of its rows.
-        const int64_t features = (p.out_features - at.l0 - LE) / p.d + 1 - static_cast<int64_t>(at.i) * p.b;
-        const int whole = p.y_aligned && n0 + 16 <= p.n ? static_cast<int>(min(static_cast<int64_t>(p.b), features)) - at.j0 : 0;
-#pragma unroll
-        for (int g = 0; g < Groups; ++g) {
-          Finished z;
-          if constexpr (Tile::LGroups == 2) {
-            exchange(z, acc, g);
-          } else {
-#pragma unroll
-            for (int l = 0; l < LE; ++l)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) z[l][e] = acc[DL == 1 ? m : l][g][e];
-          }
-          write_y(z, at, n0 + row, column0 + g * 8, column0 + g * 8 + 8 <= whole);
+        if (p.y_aligned && n0 + 16 <= p.n && columns % 8 == 0 && feature0 + (columns - 1) * d + LE <= p.out_features) {
+          write_tile<true>(acc, m, thread, n0, feature0, columns);
+        } else {
+          write_tile<false>(acc, m, thread, n0, feature0, columns);
         }
+      }
+    }
+  }
+
+  // How many features there are from a value of j to the next.
+  __device__ __forceinline__ int64_t step_j() const { return Tile::Strided ? p.d : DL; }
+
+  template <bool Whole>
+  __device__ __forceinline__ void write_tile(const Accumulators& acc, int m, int thread, int64_t n0, int64_t feature0, int columns) const {
+    const int64_t d = step_j(), n = n0 + row_of(thread / 4), first = feature0 + thread % 4 * 2 * d;
+    float* line = static_cast<float*>(p.y) + n * p.y_stride + first;
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) {
+      Finished z;
+      if constexpr (Tile::LGroups == 2) {
+        exchange(z, acc, g);
+      } else {
+#pragma unroll
+        for (int l = 0; l < LE; ++l)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) z[l][e] = acc[DL == 1 ? m : l][g][e];
+      }
+      if (Whole && g * 8 >= columns) continue;
+      const int column = g * 8 + thread % 4 * 2;
+      const int64_t feature = first + g * 8 * d;
+      if (p.bias != nullptr) {
+        const float* bias = static_cast<const float*>(p.bias) + feature;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int l = 0; l < LE; ++l) {
+            const bool inside = Whole || (column + e < columns && feature + e * d + l < p.out_features);
+            const float v = inside ? __ldg(bias + e * d + l) : 0.f;
+            z[l][e] += v;
+            z[l][2 + e] += v;
+          }
+      }
+      if (p.activation != kNone) {
+#pragma unroll
+        for (int l = 0; l < LE; ++l)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) z[l][e] = activate(z[l][e], p.activation);
+      }
+      float* destination = line + g * 8 * d;
+      if constexpr (Whole) {
+        write_columns(z, destination, 0, thread % 2 != 0);
+        write_columns(z, destination + 8 * p.y_stride, 1, thread % 2 != 0);
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+#pragma unroll
+            for (int l = 0; l < LE; ++l) {
+              if (n + h * 8 < p.n && column + e < columns && feature + e * d + l < p.out_features) {
+                destination[h * 8 * p.y_stride + e * d + l] = z[l][2 * h + e];
+              }
+            }
       }
     }
   }
@@ -536,47 +580,8 @@ class Float32Registers : UnitWalk<Tile> {
     }
   }
 
-  __device__ __forceinline__ void write_y(Finished& z, const Place& at, int64_t n, int column, bool whole) const {
-    const int j = at.j0 + column + lane % 4 * 2;
-    const int64_t d = p.d, feature = (static_cast<int64_t>(at.i) * p.b + j) * d + at.l0;  // of l 0
-    if (p.bias != nullptr) {
-      const float* bias = static_cast<const float*>(p.bias) + feature;
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int l = 0; l < LE; ++l) {
-          const float v = j + e < p.b && feature + e * d + l < p.out_features ? __ldg(bias + e * d + l) : 0.f;
-          z[l][e] += v;
-          z[l][2 + e] += v;
-        }
-    }
-    if (p.activation != kNone) {
-#pragma unroll
-      for (int l = 0; l < LE; ++l)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) z[l][e] = activate(z[l][e], p.activation);
-    }
-    float* destination = static_cast<float*>(p.y) + n * p.y_stride + feature;
-    if (whole) {
-      write_columns(z, destination, 0);
-      write_columns(z, destination + 8 * p.y_stride, 1);
-      return;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (n + h * 8 >= p.n) continue;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (j + e >= p.b) continue;
-#pragma unroll
-        for (int l = 0; l < LE; ++l)
-          if (feature + e * d + l < p.out_features) destination[h * 8 * p.y_stride + e * d + l] = z[l][2 * h + e];
-      }
-    }
-  }
-
   // Batch-last: a thread has four neighbours in n of every j, and eight quads 128 bytes of a row of y.
-  __device__ __forceinline__ void write_y_last(Accumulators& acc, const Place& at) const {
+  __device__ __forceinline__ void write_y_last(const Accumulators& acc, const Place& at) const {
     const int t = lane % 4;
     const int64_t n = at.n0 + (group * 4 + warp) * 32 + row * 4, valid = p.n - n;
     const int64_t feature0 = (static_cast<int64_t>(at.i) * p.b + at.j0) * p.d + at.l0;
@@ -608,8 +613,7 @@ class Float32Registers : UnitWalk<Tile> {
 
   // Two neighbouring columns of one row. Where a thread's values of a column fill half a sector or more, two lanes exchange
   // pieces, so that every store of the warp fills whole sectors.
-  __device__ __forceinline__ void write_columns(const Finished& z, float* line, int h) const {
-    const bool odd = lane % 2 != 0;
+  __device__ __forceinline__ void write_columns(const Finished& z, float* line, int h, bool odd) const {
     const auto bits = [&](int l, int e) { return __float_as_uint(z[l][2 * h + e]); };
     if constexpr (DL == 1) {
       *reinterpret_cast<float2*>(line) = make_float2(z[0][2 * h], z[0][2 * h + 1]);
@@ -620,7 +624,7 @@ class Float32Registers : UnitWalk<Tile> {
       float* first = odd ? line - 4 : line;
       write_pair(low, high, first, first + 8, odd);
     } else {
-      const int64_t d = p.d;
+      const int64_t d = step_j();
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t low[4] = {bits(0, e), bits(1, e), bits(2, e), bits(3, e)}, high[4] = {bits(4, e), bits(5, e), bits(6, e), bits(7, e)};

@@ -60,9 +60,8 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   s.w_slots = s.resident ? w_steps : std::clamp(balanced, std::is_same_v<typename Tile::T, float> && Tile::DL >= 4 ? 4 : 2, Tile::MaxSlots);
   s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
   // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
-  constexpr int ClusterL = kClusterL<Tile>, ClusterJ = Tile::Cluster / ClusterL;
-  const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL * ClusterL - 1) / (Tile::DL * ClusterL)) *
-                                   ((p.b + Tile::TJ * ClusterJ - 1) / (Tile::TJ * ClusterJ));
+  const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL - 1) / Tile::DL) *
+                                   ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
   const auto units = [&](int tiles) { return (tiles_n + tiles - 1) / tiles * columns_of_units; };
   s.unit_tiles = 1;
   if (s.resident) {
@@ -80,7 +79,8 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   constexpr int64_t L2Weights = 8 << 20;
   const bool streams = std::is_same_v<typename Tile::T, float> && !s.resident && columns * p.b * 4 > L2Weights;
   s.group = streams ? 1024 / Tile::TN : 0;
-  const int64_t all = streams ? (tiles_n + s.group - 1) / s.group * s.group * columns_of_units : units(s.unit_tiles);
+  s.groups = streams ? static_cast<unsigned>((tiles_n + s.group - 1) / s.group) : 0;
+  const int64_t all = streams ? int64_t{s.groups} * s.group * columns_of_units : units(s.unit_tiles);
   if (all > std::numeric_limits<int>::max()) return false;
   s.units = static_cast<unsigned>(all);
   return true;

@@ -16,17 +16,10 @@ struct RegisterShape {
   int x_slots, w_slots, unit_tiles;
   bool resident;     // w of a unit stays; w_slots hold all of it
   bool flat_input;   // x is fetched by features, not by blocks: logical padding
-  int group;         // 0: w of all i stays in the L2
+  unsigned group;    // 0: w of all i stays in the L2
+  unsigned groups;   // along n
   unsigned units;    // of a cluster
 };
-
-// How many CTAs of a cluster lie along l; the others lie along j.
-template <typename Tile>
-constexpr int kClusterL = 1;
-
-template <typename Tile>
-  requires requires { Tile::ClusterL; }
-constexpr int kClusterL<Tile> = Tile::ClusterL;
 
 template <typename Tile>
 struct UnitWalk {
@@ -45,23 +38,20 @@ struct UnitWalk {
 
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
-    constexpr int Along = Tile::Cluster / kClusterL<Tile>;
-    const unsigned tiles_j = (p.b + Tile::TJ * Along - 1) / (Tile::TJ * Along);
-    const unsigned tiles_l = (p.d + Tile::DL * kClusterL<Tile> - 1) / (Tile::DL * kClusterL<Tile>);
+    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
     Place at;
     unsigned n = 0;
     if (s.group > 0) {
       n = unit % s.group;
       unit /= s.group;
     }
-    at.j0 = (static_cast<int>(unit % tiles_j) * Along + rank % Along) * Tile::TJ;
+    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
     unit /= tiles_j;
-    at.l0 = (static_cast<int>(unit % tiles_l) * kClusterL<Tile> + rank / Along) * Tile::DL;
+    at.l0 = static_cast<int>(unit % tiles_l) * Tile::DL;
     unit /= tiles_l;
     if (s.group > 0) {
-      const unsigned groups = static_cast<unsigned>((tiles_n + s.unit_tiles * s.group - 1) / (s.unit_tiles * s.group));
-      n += unit % groups * s.group;
-      at.i = static_cast<int>(unit / groups);
+      n += unit % s.groups * s.group;
+      at.i = static_cast<int>(unit / s.groups);
     } else {
       at.i = static_cast<int>(unit % p.a);
       n = unit / p.a;
