@@ -2,8 +2,8 @@
 //
 // A tile is TN rows n, TJ values of j and DL neighbouring l of one i. A unit is `unit_tiles` tiles that follow one another
 // along n; a persistent grid takes units with j running fastest, then l, i and n, so that CTAs that read the same x run together.
-// Where w is larger than the L2 keeps, `group` units along n run fastest, then j, l, the rest of n and i: every w is fetched
-// once for a group, and what runs at one time is about as many rows as columns.
+// Where w is larger than the L2 keeps, `l_group` tiles along l run fastest, which share lines of x and y, then `group` units
+// along n, j, the rest of l, of n, and i: every w is fetched once for a group.
 #pragma once
 
 #include "asynchronous.cuh"
@@ -18,8 +18,22 @@ struct RegisterShape {
   bool flat_input;   // x is fetched by features, not by blocks: logical padding
   unsigned group;    // 0: w of all i stays in the L2
   unsigned groups;   // along n
+  unsigned l_group;  // divides the tiles along l
   unsigned units;    // of a cluster
 };
+
+// How many CTAs of a cluster lie along l, the others lie along j; and whether units are grouped at all.
+template <typename Tile>
+constexpr int kClusterL = 1;
+template <typename Tile>
+constexpr bool kGrouped = false;
+
+template <typename Tile>
+  requires requires { Tile::ClusterL; }
+constexpr int kClusterL<Tile> = Tile::ClusterL;
+template <typename Tile>
+  requires requires { Tile::ClusterL; }
+constexpr bool kGrouped<Tile> = true;
 
 template <typename Tile>
 struct UnitWalk {
@@ -38,24 +52,32 @@ struct UnitWalk {
 
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
-    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
-    Place at;
-    unsigned n = 0;
-    if (s.group > 0) {
+    constexpr int AlongL = kClusterL<Tile>, AlongJ = Tile::Cluster / AlongL;
+    const unsigned tiles_j = (p.b + Tile::TJ * AlongJ - 1) / (Tile::TJ * AlongJ), tiles_l = (p.d + Tile::DL * AlongL - 1) / (Tile::DL * AlongL);
+    unsigned n = 0, l = 0;
+    if (kGrouped<Tile> && s.group > 0) {
+      l = unit % s.l_group;
+      unit /= s.l_group;
       n = unit % s.group;
       unit /= s.group;
     }
-    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    const unsigned j = unit % tiles_j;
     unit /= tiles_j;
-    at.l0 = static_cast<int>(unit % tiles_l) * Tile::DL;
-    unit /= tiles_l;
-    if (s.group > 0) {
+    Place at;
+    if (kGrouped<Tile> && s.group > 0) {
+      const unsigned l_groups = tiles_l / s.l_group;
+      l += unit % l_groups * s.l_group;
+      unit /= l_groups;
       n += unit % s.groups * s.group;
       at.i = static_cast<int>(unit / s.groups);
     } else {
+      l = unit % tiles_l;
+      unit /= tiles_l;
       at.i = static_cast<int>(unit % p.a);
       n = unit / p.a;
     }
+    at.j0 = (static_cast<int>(j) * AlongJ + rank % AlongJ) * Tile::TJ;
+    at.l0 = (static_cast<int>(l) * AlongL + rank / AlongJ) * Tile::DL;
     const int64_t first = static_cast<int64_t>(n) * s.unit_tiles;
     at.n0 = first * Tile::TN;
     // None, or fewer, at the end of the last group.
