@@ -6,8 +6,7 @@
 // Index map: units, tiles and the persistent grid are those of unit_walk.cuh. Two warpgroups multiply: they cut the rows of a
 // tile (DL = 1, 2, 4) or its l (DL = 8). A third fetches: x by the copy engine (where d = DL) or by three of its warps
 // (d > DL: runs of 32 bytes), w by the copy engine. A fourth splits w in place, or fetches it where its rows are not whole
-// 16-byte pieces. A cluster of two CTAs takes two neighbouring tiles along j, and each fetches half of the rows of x for both; or,
-// where d > DL, two neighbouring runs of l, so that they read and write the two halves of 64 bytes at about one time.
+// 16-byte pieces. A cluster of two CTAs takes two neighbouring tiles along j; each fetches half of the rows of x for both.
 //
 //   x in shared memory: boxes of 128 bytes of every row, [k][l] as it lies, 16-byte pieces swizzled by the row
 //   batch-last: one l; boxes of 32 n of every k, [k][n] as it lies, swizzled likewise
@@ -35,19 +34,20 @@ namespace structlayers {
 template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int JGroups_ = 1, int WJ_ = 64, int Cluster_ = 1>
 struct Float32Tile {
   using T = float;
+  static constexpr bool Grouped = true;
   static constexpr int DL = DL_;
   static constexpr bool Split = Split_, Strided = Strided_, Last = Last_;
-  // Two CTAs take neighbouring l where runs lie apart, else neighbouring tiles along j.
-  static constexpr int Cluster = Cluster_, ClusterL = Strided ? Cluster : 1;
-  static constexpr int JGroups = JGroups_, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / (JGroups * LGroups);
+  static constexpr int Cluster = Cluster_, JGroups = JGroups_, LGroups = DL == 8 ? 2 : 1, RowGroups = 2 / (JGroups * LGroups);
   static constexpr int LW = DL == 1 ? 2 : DL / LGroups, RowTiles = DL == 1 ? LW : 1, TN = 64 * RowGroups * RowTiles;
   static constexpr int WJ = WJ_, TJ = WJ * JGroups;
   static constexpr int Consumers = 256, Threads = Consumers + 256;
   // A step takes StepK values of k, in XSlots slots of x.
   static constexpr int XK = DL <= 2 ? 32 : 8, StepK = XK < 16 ? 16 : XK, XSlots = StepK / XK;
-  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN * ClusterL / Cluster;
+  static constexpr int Boxes = Last ? TN / 32 : XK * DL / 32, BoxRows = Last ? XK : TN / Cluster;
   static constexpr int BoxBytes = (Last ? XK : TN) * 128, XBytes = Boxes * BoxBytes;
   static constexpr int XWarps = 3, XArrivals = Strided ? 32 * XWarps : 1;
+  // Where threads copy, every thread that has read arrives, so that compute-sanitizer sees what orders the two.
+  static constexpr int XReleases = Strided ? Consumers : Consumers / 32 * Cluster;
   // A slot of w holds WK values of k of WL values of l: where the warpgroups cut l, each has slots of its own, in turn.
   static constexpr int WK = Split ? StepK : 32, WSteps = WK / StepK, WL = DL / LGroups, WRow = WK * 4, WPart = WL * TJ * WRow;
   static constexpr int WBytes = (Split ? 2 : 1) * WPart, WThreads = 128;
@@ -55,7 +55,7 @@ struct Float32Tile {
   static constexpr int YBytes = LGroups == 2 ? Consumers * 64 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 5 * MaxSlots * 8;
   static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1));
-  static_assert((Cluster == 1 || (Cluster == 2 && !Last)) && RowGroups >= 1);
+  static_assert((Cluster == 1 || (Cluster == 2 && !Strided && !Last)) && RowGroups >= 1);
   static_assert(XBytes % 1024 == 0 && WPart % 1024 == 0);
 };
 
@@ -80,12 +80,6 @@ class Float32Registers : UnitWalk<Tile> {
 
   // ---- the threads that fetch
 
-  // All CTAs of the cluster have read the slot.
-  __device__ __forceinline__ void wait_x_empty(const Ring& ring) const {
-    if constexpr (Tile::Cluster == 1) barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
-    else barrier_wait_cluster(x_empty + 8 * ring.slot, ring.parity ^ 1);
-  }
-
   __device__ __forceinline__ void fetch_x() const {
     Ring ring;
     for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
@@ -95,7 +89,8 @@ class Float32Registers : UnitWalk<Tile> {
       for (int tile = 0; tile < at.tiles; ++tile) {
         for (int piece = 0; piece < steps * Tile::XSlots; ++piece) {
           const uint32_t full = x_full + 8 * ring.slot;
-          wait_x_empty(ring);
+          if constexpr (Tile::Cluster == 1) barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+          else barrier_wait_cluster(x_empty + 8 * ring.slot, ring.parity ^ 1);
           barrier_expect(full, Tile::XBytes);
 #pragma unroll
           for (int box = 0; box < Tile::Boxes; ++box) {
@@ -135,7 +130,7 @@ class Float32Registers : UnitWalk<Tile> {
           const uint32_t slot = shared + ring.slot * Tile::XBytes + box;
           const int valid_rows = left > 0 ? rows : 0;
           const float* source = slot_source;
-          wait_x_empty(ring);
+          barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
 #pragma unroll
           for (int r = 0; r < Pairs; r += Tile::XWarps, source += 2 * Tile::XWarps * p.x_stride) {
             const int n = first_row + 2 * r;
@@ -350,11 +345,11 @@ class Float32Registers : UnitWalk<Tile> {
   }
 
   __device__ __forceinline__ void release_x(const Step& step) const {
-    __syncwarp();
+    if constexpr (!Tile::Strided) __syncwarp();
 #pragma unroll
     for (int q = 0; q < Tile::XSlots; ++q) {
       if constexpr (Tile::Cluster == 1) {
-        if (lane == 0) barrier_arrive(step.empty[q]);
+        if (Tile::Strided || lane == 0) barrier_arrive(step.empty[q]);
       } else {
         if (lane < Tile::Cluster) barrier_arrive_remote(map_to_cta(step.empty[q], lane));
       }
@@ -666,7 +661,7 @@ class Float32Registers : UnitWalk<Tile> {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < s.x_slots; ++slot) {
         barrier_init(x_full + 8 * slot, Tile::XArrivals);
-        barrier_init(x_empty + 8 * slot, Tile::Consumers / 32 * Tile::Cluster);
+        barrier_init(x_empty + 8 * slot, Tile::XReleases);
       }
       for (int slot = 0; slot < s.w_slots; ++slot) {
         barrier_init(w_raw + 8 * slot, 1);

@@ -34,9 +34,6 @@ constexpr int step_k() {
   else return Tile::XK;
 }
 
-// Whether the L2 keeps all of w beside x and y.
-inline bool weights_stay_in_l2(const Product& p) { return int64_t{p.a} * p.b * p.c * p.d * 4 <= 8 << 20; }
-
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
 template <typename Tile>
 bool register_shape(const Product& p, int clusters, RegisterShape& s) {
@@ -63,9 +60,8 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   s.w_slots = s.resident ? w_steps : std::clamp(balanced, std::is_same_v<typename Tile::T, float> && Tile::DL >= 4 ? 4 : 2, Tile::MaxSlots);
   s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
   // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
-  constexpr int AlongL = kClusterL<Tile>, AlongJ = Tile::Cluster / AlongL;
-  const int tiles_l = (p.d + Tile::DL * AlongL - 1) / (Tile::DL * AlongL);
-  const int64_t columns_of_units = int64_t{p.a} * tiles_l * ((p.b + Tile::TJ * AlongJ - 1) / (Tile::TJ * AlongJ));
+  const int tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
+  const int64_t columns_of_units = int64_t{p.a} * tiles_l * ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
   const auto units = [&](int tiles) { return (tiles_n + tiles - 1) / tiles * columns_of_units; };
   s.unit_tiles = 1;
   if (s.resident) {
@@ -79,10 +75,12 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
       }
     }
   }
-  const bool grouped = kGrouped<Tile> && !weights_stay_in_l2(p) && (Tile::Strided || !s.resident);
+  // Whether the L2 keeps all of w beside x and y, by what was measured.
+  const int64_t kept = Tile::Strided && !s.resident ? 4 << 20 : 8 << 20;
+  const bool grouped = kGrouped<Tile> && columns * p.b * 4 > kept && (Tile::Strided || !s.resident);
   s.group = !grouped ? 0 : std::max((Tile::Strided ? 512 : 1024) / Tile::TN / s.unit_tiles, 1);
   // Four runs of 32 bytes are a line.
-  s.l_group = !Tile::Strided ? 1 : tiles_l * AlongL % 4 == 0 ? 4 / AlongL : tiles_l * AlongL % 2 == 0 ? 2 / AlongL : 1;
+  s.l_group = !Tile::Strided ? 1 : tiles_l % 4 == 0 ? 4 : tiles_l % 2 == 0 ? 2 : 1;
   const int64_t units_n = (tiles_n + s.unit_tiles - 1) / s.unit_tiles;
   s.groups = grouped ? static_cast<unsigned>((units_n + s.group - 1) / s.group) : 0;
   const int64_t all = grouped ? int64_t{s.groups} * s.group * columns_of_units : units(s.unit_tiles);

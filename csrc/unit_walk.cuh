@@ -16,24 +16,15 @@ struct RegisterShape {
   int x_slots, w_slots, unit_tiles;
   bool resident;     // w of a unit stays; w_slots hold all of it
   bool flat_input;   // x is fetched by features, not by blocks: logical padding
-  unsigned group;    // 0: w of all i stays in the L2
+  unsigned units;    // of a cluster
+  unsigned group;    // 0: not grouped
   unsigned groups;   // along n
   unsigned l_group;  // divides the tiles along l
-  unsigned units;    // of a cluster
 };
 
-// How many CTAs of a cluster lie along l, the others lie along j; and whether units are grouped at all.
+// Whether a tile's units may be grouped.
 template <typename Tile>
-constexpr int kClusterL = 1;
-template <typename Tile>
-constexpr bool kGrouped = false;
-
-template <typename Tile>
-  requires requires { Tile::ClusterL; }
-constexpr int kClusterL<Tile> = Tile::ClusterL;
-template <typename Tile>
-  requires requires { Tile::ClusterL; }
-constexpr bool kGrouped<Tile> = true;
+constexpr bool kGrouped = requires { Tile::Grouped; };
 
 template <typename Tile>
 struct UnitWalk {
@@ -52,8 +43,7 @@ struct UnitWalk {
 
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
-    constexpr int AlongL = kClusterL<Tile>, AlongJ = Tile::Cluster / AlongL;
-    const unsigned tiles_j = (p.b + Tile::TJ * AlongJ - 1) / (Tile::TJ * AlongJ), tiles_l = (p.d + Tile::DL * AlongL - 1) / (Tile::DL * AlongL);
+    const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
     unsigned n = 0, l = 0;
     if (kGrouped<Tile> && s.group > 0) {
       l = unit % s.l_group;
@@ -76,8 +66,8 @@ struct UnitWalk {
       at.i = static_cast<int>(unit % p.a);
       n = unit / p.a;
     }
-    at.j0 = (static_cast<int>(j) * AlongJ + rank % AlongJ) * Tile::TJ;
-    at.l0 = (static_cast<int>(l) * AlongL + rank / AlongJ) * Tile::DL;
+    at.j0 = (static_cast<int>(j) * Tile::Cluster + rank) * Tile::TJ;
+    at.l0 = static_cast<int>(l) * Tile::DL;
     const int64_t first = static_cast<int64_t>(n) * s.unit_tiles;
     at.n0 = first * Tile::TN;
     // None, or fewer, at the end of the last group.
