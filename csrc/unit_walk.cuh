@@ -44,30 +44,34 @@ struct UnitWalk {
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
     const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
-    unsigned n = 0, l = 0;
-    if (kGrouped<Tile> && s.group > 0) {
-      l = unit % s.l_group;
-      unit /= s.l_group;
-      n = unit % s.group;
-      unit /= s.group;
+    if constexpr (kGrouped<Tile>) {
+      if (s.group > 0) return place_grouped(unit, tiles_j, tiles_l / s.l_group);
     }
-    const unsigned j = unit % tiles_j;
-    unit /= tiles_j;
     Place at;
-    if (kGrouped<Tile> && s.group > 0) {
-      const unsigned l_groups = tiles_l / s.l_group;
-      l += unit % l_groups * s.l_group;
-      unit /= l_groups;
-      n += unit % s.groups * s.group;
-      at.i = static_cast<int>(unit / s.groups);
-    } else {
-      l = unit % tiles_l;
-      unit /= tiles_l;
-      at.i = static_cast<int>(unit % p.a);
-      n = unit / p.a;
-    }
-    at.j0 = (static_cast<int>(j) * Tile::Cluster + rank) * Tile::TJ;
+    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    unit /= tiles_j;
+    at.l0 = static_cast<int>(unit % tiles_l) * Tile::DL;
+    unit /= tiles_l;
+    at.i = static_cast<int>(unit % p.a);
+    const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
+    at.n0 = first * Tile::TN;
+    at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
+    return at;
+  }
+
+  __device__ __forceinline__ Place place_grouped(unsigned unit, unsigned tiles_j, unsigned l_groups) const {
+    Place at;
+    unsigned l = unit % s.l_group;
+    unit /= s.l_group;
+    unsigned n = unit % s.group;
+    unit /= s.group;
+    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    unit /= tiles_j;
+    l += unit % l_groups * s.l_group;
     at.l0 = static_cast<int>(l) * Tile::DL;
+    unit /= l_groups;
+    n += unit % s.groups * s.group;
+    at.i = static_cast<int>(unit / s.groups);
     const int64_t first = static_cast<int64_t>(n) * s.unit_tiles;
     at.n0 = first * Tile::TN;
     // None, or fewer, at the end of the last group.

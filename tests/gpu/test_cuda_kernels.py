@@ -182,45 +182,6 @@ def test_values_of_aligned_and_large_problems(kind, layout):
         check(call, tiles_for(problem, built_for_sm90a()))
 
 
-# Weights that stay and that stream, of whole 16-byte pieces and not, c that ends within a step of k, b beyond one tile.
-FLOAT32_REGISTERS = (
-    ((2, 64, 64, 4), 900, 0),
-    ((1, 130, 40, 4), 515, 0),
-    ((3, 72, 328, 4), 300, 3),
-    ((2, 61, 61, 4), 259, 0),
-    ((1, 68, 24, 8), 700, 5),
-    ((2, 96, 200, 8), 333, 0),
-    ((2, 61, 113, 8), 129, 0),
-    ((1, 48, 48, 16), 9000, 0),
-    ((2, 132, 72, 24), 515, 0),
-    ((1, 64, 520, 64), 200, 7),
-    ((2, 100, 37, 40), 193, 0),
-    ((2, 72, 104, 2), 1100, 2),
-    ((1, 200, 520, 2), 260, 0),
-    ((3, 100, 68, 1), 1025, 4),
-    ((2, 80, 260, 1), 770, 0),
-    ((1, 1, 4, 8), 65, 0),
-    ((1, 5, 1, 4), 1, 0),
-)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ("float32", "tf32"))
-@pytest.mark.parametrize("case", FLOAT32_REGISTERS, ids=str)
-def test_values_of_the_float32_tiles_that_take_x_to_registers(case, kind, layout):
-    entries, n, pads = case
-    pattern, (dtype, tf32) = Pattern(*entries), KINDS[kind]
-    problem = Problem(pattern, n, dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
-    tiles = [tile for tile in tiles_for(problem, built_for_sm90a()) if tile.registers]
-    for bias, activation, strides in (
-        (False, "none", "contiguous"),
-        (True, "gelu", "wide"),
-        (True, "none", "contiguous"),
-    ):
-        call = Call(problem, pattern.in_features - 4 * pads, pattern.out_features - pads, bias, activation, strides)
-        check(call, tiles, seed=n)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_of_strides_padding_bias_and_activation(kind):
     dtype, tf32 = KINDS[kind]
