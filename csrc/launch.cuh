@@ -127,11 +127,19 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
       return launch_registers_or<Float32Tile<Split, 1, false>, BatchFirstTile<T, Split, 1, 1, 4, 2, 32, 64, 128, 3, 1>>(p, stream);
     case kRegisters2:
       return launch_registers_or<Float32Tile<Split, 2, false>, BatchFirstTile<T, Split, 2, 2, 2, 4, 32, 32, 128, 2, 1>>(p, stream);
-    case kRegisters4:
-      return launch_registers_or<Float32Tile<Split, 4, false>, BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>>(p, stream);
+    case kRegisters4: {
+      using Other = BatchFirstTile<T, Split, 4, 2, 2, 2, 32, 32, 64, 3, 1>;
+      // Few rows where w stays, so that more of x is on its way; two CTAs that share x want an even number of tiles along j.
+      if (p.c <= (Split ? 64 : 128)) return launch_registers_or<Float32Tile<Split, 4, false, false, 2, 32>, Other>(p, stream);
+      if (ceil_div(p.b, 64) % 2 == 0) return launch_registers_or<Float32Tile<Split, 4, false, false, 1, 64, 2>, Other>(p, stream);
+      return launch_registers_or<Float32Tile<Split, 4, false>, Other>(p, stream);
+    }
     case kRegisters8: {
       using Other = BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>;
       if (p.d == 8) return launch_registers_or<Float32Tile<Split, 8, false>, Other>(p, stream);
+      // Half as many columns where w then stays.
+      const bool half = Split ? p.c > 32 && p.c <= 64 : p.c > 64 && p.c <= 128;
+      if (half) return launch_registers_or<Float32Tile<Split, 8, true, false, 1, 32>, Other>(p, stream);
       return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
     }
     case kRegistersLast:

@@ -21,11 +21,17 @@ constexpr bool takes_batch_last() {
   else return false;
 }
 
-// Shared memory for weights that do not stay, before they are split.
+// Into how many slots of w the l of a tile are cut, and the values of k that x covers beyond c.
 template <typename Tile>
-constexpr int raw_bytes() {
-  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::RawBytes;
-  else return 0;
+constexpr int w_parts() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::LGroups;
+  else return 1;
+}
+
+template <typename Tile>
+constexpr int step_k() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::StepK;
+  else return Tile::XK;
 }
 
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
@@ -44,18 +50,18 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
     if (p.in_features % Piece != 0) return false;
   } else {
     // Then the columns that follow a block are the next block's, and nothing but zeros may meet them.
-    if (s.flat_input && p.a > 1 && p.c % Tile::XK != 0) return false;
+    if (s.flat_input && p.a > 1 && p.c % step_k<Tile>() != 0) return false;
   }
-  const int w_steps = (p.c + Tile::WK - 1) / Tile::WK;
+  const int w_steps = (p.c + Tile::WK - 1) / Tile::WK * w_parts<Tile>();
   const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
   s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + LeastXBytes <= room;
-  // As many values of k of x as of w.
-  const int left = room - (s.resident ? 0 : raw_bytes<Tile>()), balanced = left / (Tile::WBytes + Tile::XBytes * Tile::WSteps);
-  s.w_slots = s.resident ? w_steps : std::clamp(balanced, 2, Tile::MaxSlots);
-  s.x_slots = std::min((left - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
+  // As many values of k of x as of w; where the tile is large, two steps and more of either.
+  const int balanced = room / (Tile::WBytes * w_parts<Tile>() + Tile::XBytes * (Tile::WK / Tile::XK)) * w_parts<Tile>();
+  s.w_slots = s.resident ? w_steps : std::clamp(balanced, std::is_same_v<typename Tile::T, float> && Tile::DL >= 4 ? 4 : 2, Tile::MaxSlots);
+  s.x_slots = std::min((room - s.w_slots * Tile::WBytes) / Tile::XBytes, +Tile::MaxSlots);
   // Units as long as leaves the clusters evenly busy: the cost of a unit is its tiles and its w.
-  const int64_t columns_of_units = int64_t{p.a} * ((p.d + Tile::DL - 1) / Tile::DL) *
-                                   ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
+  const int tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
+  const int64_t columns_of_units = int64_t{p.a} * tiles_l * ((p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster));
   const auto units = [&](int tiles) { return (tiles_n + tiles - 1) / tiles * columns_of_units; };
   s.unit_tiles = 1;
   if (s.resident) {
@@ -69,8 +75,17 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
       }
     }
   }
-  if (units(s.unit_tiles) > std::numeric_limits<int>::max()) return false;
-  s.units = static_cast<unsigned>(units(s.unit_tiles));
+  // Whether the L2 keeps all of w beside x and y, by what was measured.
+  const int64_t kept = Tile::Strided && !s.resident ? 4 << 20 : 8 << 20;
+  const bool grouped = kGrouped<Tile> && columns * p.b * 4 > kept && (Tile::Strided || !s.resident);
+  s.group = !grouped ? 0 : std::max((Tile::Strided ? 512 : 1024) / Tile::TN / s.unit_tiles, 1);
+  // Four runs of 32 bytes are a line.
+  s.l_group = !Tile::Strided ? 1 : tiles_l % 4 == 0 ? 4 : tiles_l % 2 == 0 ? 2 : 1;
+  const int64_t units_n = (tiles_n + s.unit_tiles - 1) / s.unit_tiles;
+  s.groups = grouped ? static_cast<unsigned>((units_n + s.group - 1) / s.group) : 0;
+  const int64_t all = grouped ? int64_t{s.groups} * s.group * columns_of_units : units(s.unit_tiles);
+  if (all > std::numeric_limits<int>::max()) return false;
+  s.units = static_cast<unsigned>(all);
   return true;
 }
 
@@ -83,8 +98,10 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
   constexpr int Size = sizeof(T);
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
   if constexpr (takes_batch_last<Tile>()) {
-    return make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
-                           {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}});
+    if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
+                         {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
+      return false;
+    }
   } else if constexpr (!Tile::Strided) {
     const int64_t blocks = s.flat_input ? 1 : p.a;
     // Where a is 1, its stride is not used, but must be one that a map takes.
@@ -94,10 +111,10 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
       return false;
     }
   }
-  // float32 weights are split by threads.
-  if constexpr (Size == 4) return true;
+  // Threads fetch weights that the copy engine does not.
+  if (!p.w_aligned) return true;
   return make_tensor_map(maps.w, type, Size, p.w, Tile::WRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                         {{p.c, 1, Tile::WK}, {p.b, p.c, Tile::TJ}, {int64_t{p.a} * p.d, block, Tile::DL}});
+                         {{p.c, 1, Tile::WK}, {p.b, p.c, Tile::TJ}, {int64_t{p.a} * p.d, block, Tile::DL / w_parts<Tile>()}});
 }
 
 template <typename Tile>
@@ -149,7 +166,7 @@ cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken)
     return cudaSuccess;
   }
   config.gridDim = dim3(std::min(s.units, static_cast<unsigned>(clusters)) * Tile::Cluster);
-  if constexpr (std::is_same_v<typename Tile::T, float>) return cudaLaunchKernelEx(&config, Kernel, maps.x, p, s);
+  if constexpr (std::is_same_v<typename Tile::T, float>) return cudaLaunchKernelEx(&config, Kernel, maps.x, maps.w, p, s);
   else return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
 }
 

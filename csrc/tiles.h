@@ -25,7 +25,7 @@ enum TileId : int {
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
   kRegisters2 = 20,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name
-  kRegisters4 = 21,       // 128 rows, 64 values of j; float32: 64 rows, 64 values
+  kRegisters4 = 21,       // 128 rows, 64 values of j
   kRegisters4Wide = 22,   // 64 rows, 128 values of j
   kRegisters8 = 23,
   kRegisters16 = 24,

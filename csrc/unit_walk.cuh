@@ -2,6 +2,8 @@
 //
 // A tile is TN rows n, TJ values of j and DL neighbouring l of one i. A unit is `unit_tiles` tiles that follow one another
 // along n; a persistent grid takes units with j running fastest, then l, i and n, so that CTAs that read the same x run together.
+// Where w is larger than the L2 keeps, `l_group` tiles along l run fastest, which share lines of x and y, then `group` units
+// along n, j, the rest of l, of n, and i: every w is fetched once for a group.
 #pragma once
 
 #include "asynchronous.cuh"
@@ -15,7 +17,14 @@ struct RegisterShape {
   bool resident;     // w of a unit stays; w_slots hold all of it
   bool flat_input;   // x is fetched by features, not by blocks: logical padding
   unsigned units;    // of a cluster
+  unsigned group;    // 0: not grouped
+  unsigned groups;   // along n
+  unsigned l_group;  // divides the tiles along l
 };
+
+// Whether a tile's units may be grouped.
+template <typename Tile>
+constexpr bool kGrouped = requires { Tile::Grouped; };
 
 template <typename Tile>
 struct UnitWalk {
@@ -35,6 +44,9 @@ struct UnitWalk {
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
     const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
+    if constexpr (kGrouped<Tile>) {
+      if (s.group > 0) return place_grouped(unit, tiles_j, tiles_l / s.l_group);
+    }
     Place at;
     at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
     unit /= tiles_j;
@@ -44,6 +56,26 @@ struct UnitWalk {
     const int64_t first = static_cast<int64_t>(unit / p.a) * s.unit_tiles;
     at.n0 = first * Tile::TN;
     at.tiles = static_cast<int>(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)));
+    return at;
+  }
+
+  __device__ __forceinline__ Place place_grouped(unsigned unit, unsigned tiles_j, unsigned l_groups) const {
+    Place at;
+    unsigned l = unit % s.l_group;
+    unit /= s.l_group;
+    unsigned n = unit % s.group;
+    unit /= s.group;
+    at.j0 = (static_cast<int>(unit % tiles_j) * Tile::Cluster + rank) * Tile::TJ;
+    unit /= tiles_j;
+    l += unit % l_groups * s.l_group;
+    at.l0 = static_cast<int>(l) * Tile::DL;
+    unit /= l_groups;
+    n += unit % s.groups * s.group;
+    at.i = static_cast<int>(unit / s.groups);
+    const int64_t first = static_cast<int64_t>(n) * s.unit_tiles;
+    at.n0 = first * Tile::TN;
+    // None, or fewer, at the end of the last group.
+    at.tiles = static_cast<int>(max(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)), int64_t{0}));
     return at;
   }
 };

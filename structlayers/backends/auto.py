@@ -109,13 +109,14 @@ REGISTERS_SHARE = 0.85
 REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 6.5e12, 9.0e12
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach, and the seconds of a
-# step of k of one tile on one SM (float32, TF32), fitted by hand to 300 products on one H100.
-SPLIT_SHARE = 0.55
+# step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
+# 300 products with the tiles of before.
+SPLIT_SHARE = 0.58
 SPLIT_STEP_S = {
-    "registers1": (1.65e-6, 1.2e-6),
+    "registers1": (1.3e-6, 0.8e-6),
     "registers2": (2.0e-6, 1.8e-6),
-    "registers4": (1.65e-6, 1.3e-6),
-    "registers8": (2.4e-6, 2.3e-6),
+    "registers4": (1.55e-6, 1.15e-6),
+    "registers8": (2.5e-6, 2.7e-6),
     "registers_last": (1.55e-6, 1.2e-6),
 }
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
