@@ -11,6 +11,7 @@
 #include "small_batch.h"
 #include "small_blocks.cuh"
 #include "tiles.h"
+#include "unaligned.h"
 
 namespace structlayers {
 
@@ -46,6 +47,16 @@ cudaError_t launch_batch_last(const Product& p, cudaStream_t stream) {
   return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
 }
 
+// The tile of products that are not made of whole 16-byte pieces, or where it does not take one, a tile that takes all.
+template <typename T, bool Split, typename Other>
+cudaError_t launch_unaligned_or(const Product& p, cudaStream_t stream) {
+  bool taken = false;
+  const cudaError_t error = launch_unaligned<T, Split>(p, stream, taken);
+  if (taken) return error;
+  if constexpr (std::is_same_v<T, float>) return launch_batch_first<Other>(p, stream);
+  else return launch_hopper<Other>(p, stream);
+}
+
 // A tile that takes x to registers, or where it does not take the product, one that takes all.
 template <typename Tile, typename Other>
 cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
@@ -54,13 +65,17 @@ cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
   const cudaError_t error = launch_registers<Tile>(p, stream, taken);
   if (taken) return error;
   if constexpr (takes_batch_last<Tile>()) return launch_batch_last<Other>(p, stream);
-  else if constexpr (std::is_same_v<typename Tile::T, float>) return launch_batch_first<Other>(p, stream);
-  else return launch_hopper<Other>(p, stream);
+  else if constexpr (std::is_same_v<typename Tile::T, float>) return launch_unaligned_or<float, Tile::Split, Other>(p, stream);
+  else return launch_unaligned_or<typename Tile::T, false, Other>(p, stream);
 }
+
+// Takes every product, with any d, if not fast.
+template <typename T>
+using AnyHopperTile = HopperTile<T, 16, 32, 32, 4, 1, 3, 4>;
 
 template <typename T, int Cluster>
 cudaError_t launch_registers_16(const Product& p, cudaStream_t stream) {
-  using Other = HopperTile<T, 16, 32, 32, 4, 1, 3, 4>;
+  using Other = AnyHopperTile<T>;
   if (p.d == 16) return launch_registers_or<RegisterTile<T, 16, false, 1, 1, 32, 32, Cluster>, Other>(p, stream);
   return launch_registers_or<RegisterTile<T, 16, true, 1, 1, 32, 32, Cluster>, Other>(p, stream);
 }
@@ -92,19 +107,18 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
     // DL, TN, bytes of K per step, stages of raw x, steps in a stage of w, stages of w, parts of y.
     case kHopper1: return launch_hopper<HopperTile<T, 1, 256, 128, 4, 1, 4, 4>>(p, stream);
     case kHopper2: return launch_hopper<HopperTile<T, 2, 256, 64, 3, 2, 2, 4>>(p, stream);
-    case kHopper4: return launch_hopper<HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
-    case kHopper8: return launch_hopper<HopperTile<T, 8, 64, 32, 4, 2, 2, 2>>(p, stream);
-    case kHopper16: return launch_hopper<HopperTile<T, 16, 32, 32, 4, 1, 3, 4>>(p, stream);
+    case kHopper16: return launch_hopper<AnyHopperTile<T>>(p, stream);
     case kHopper16Wide: return launch_hopper<HopperTile<T, 16, 32, 32, 3, 2, 2, 4>>(p, stream);
     // DL, whether runs lie apart, parts that the warpgroups make of rows and of j, j of a warpgroup, K in a slot of w, cluster.
     case kRegisters2:
       return launch_registers_or<RegisterTile<T, 2, false, 2, 1, 128, 64, 1>, HopperTile<T, 2, 256, 64, 3, 2, 2, 4>>(p, stream);
     case kRegisters4:
-      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 1>, HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
+      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 1>, AnyHopperTile<T>>(p, stream);
     case kRegisters4Wide:
-      return launch_registers_or<RegisterTile<T, 4, false, 1, 2, 64, 32, 1>, HopperTile<T, 4, 128, 64, 3, 1, 2, 4>>(p, stream);
+      return launch_registers_or<RegisterTile<T, 4, false, 1, 2, 64, 32, 1>, AnyHopperTile<T>>(p, stream);
     case kRegisters8:
-      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 1>, HopperTile<T, 8, 64, 32, 4, 2, 2, 2>>(p, stream);
+      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 1>, AnyHopperTile<T>>(p, stream);
+    case kUnaligned: return launch_unaligned_or<T, false, AnyHopperTile<T>>(p, stream);
     case kRegisters16: return launch_registers_16<T, 1>(p, stream);
     case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
@@ -142,6 +156,7 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
       if (half) return launch_registers_or<Float32Tile<Split, 8, true, false, 1, 32>, Other>(p, stream);
       return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
     }
+    case kUnaligned: return launch_unaligned_or<T, Split, BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
     case kRegistersLast:
       return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);

@@ -20,8 +20,6 @@ enum TileId : int {
   kBatchLastNarrow = 9,   // small b
   kHopper1 = 10,          // wgmma, 16-bit, batch-first, sm_90a; DL as in the name
   kHopper2 = 11,
-  kHopper4 = 12,
-  kHopper8 = 13,
   kHopper16 = 14,
   kHopper16Wide = 15,     // rows of w read 64 bytes at a time, fewer steps ahead
   kRegisters2 = 20,       // wgmma with x in registers, batch-first, sm_90a; DL as in the name
@@ -32,6 +30,7 @@ enum TileId : int {
   kRegisters16Pair = 25,  // clusters of two CTAs, which share x
   kRegisters1 = 26,       // float32 alone: 256 rows, 64 values of j
   kRegistersLast = 27,    // the same batch-last
+  kUnaligned = 28,        // rows and blocks of any length, d up to 8; sm_90a
   kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 

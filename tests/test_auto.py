@@ -11,6 +11,7 @@ import torch
 from structlayers import KSLinear, Layout, Pattern
 from structlayers.backends import BACKENDS, available_backends, resolve
 from structlayers.backends.auto import CPU_COSTS, GPU_CANDIDATES, choose, cpu_cost_s, gpu_cost_s
+from structlayers.bench import grid
 from structlayers.problem import Problem
 
 LAYOUTS = tuple(Layout)
@@ -118,3 +119,26 @@ def test_a_layer_tells_what_auto_resolved_to():
     layer = KSLinear("(1,64,16,8)(8,16,16,1)")
     assert layer.resolved_backends(4096) == ["bmm", "bmm"]
     assert KSLinear("(1,64,16,8)(8,16,16,1)", backend="csr").resolved_backends(4096) == ["csr", "csr"]
+
+
+def on_hopper(entries, dtype=torch.bfloat16) -> Problem:
+    return dataclasses.replace(problem(entries, 25_087, dtype=dtype, device="cuda"), capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("entries", "dtype", "expected"),
+    [
+        # as measured on one H100
+        *((entries, torch.bfloat16, "cuda") for entries in grid.ODD),
+        *((entries, torch.float32, "cuda") for entries in grid.ODD if entries.d in (3, 5, 6, 7)),
+        ((3, 127, 127, 1), torch.bfloat16, "cuda"),
+        ((1, 128, 128, 3), torch.float32, "cuda"),
+        ((4, 61, 64, 4), torch.bfloat16, "cuda"),
+        # weights that do not stay
+        ((3, 384, 384, 3), torch.bfloat16, "bmm"),
+        ((1, 768, 768, 6), torch.bfloat16, "bmm"),
+        ((1, 1021, 1021, 3), torch.float32, "bmm"),
+    ],
+)
+def test_choices_where_nothing_is_made_of_whole_pieces(entries, dtype, expected):
+    assert choose(on_hopper(entries, dtype), compiled=True) == expected

@@ -118,6 +118,25 @@ def test_the_copy_engine_is_given_whole_pieces():
         assert not names(b, c, d, torch.float32)
 
 
+def test_what_is_not_made_of_whole_pieces_has_a_tile_of_its_own():
+    def chosen(b: int, c: int, d: int, dtype: torch.dtype = torch.float16, capability: tuple[int, int] = (9, 0)) -> str:
+        problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=capability)
+        return choose_tile(problem).name
+
+    for b, c, d in ((64, 61, 1), (64, 61, 2), (127, 127, 4), (64, 64, 3), (48, 48, 6), (113, 31, 7), (61, 61, 8)):
+        assert chosen(b, c, d) == chosen(b, c, d, torch.bfloat16) == "unaligned"
+        assert chosen(b, c, d, capability=(8, 0)).startswith("run")
+    # y alone.
+    assert chosen(61, 64, 4) == chosen(31, 256, 2) == "unaligned"
+    # Longer runs have none, and what the copy engine takes keeps its own.
+    for b, c, d in ((61, 264, 4), (61, 61, 9), (64, 64, 12), (64, 64, 4), (61, 64, 8), (64, 64, 1)):
+        assert chosen(b, c, d) != "unaligned"
+    for b, c, d in ((64, 61, 1), (64, 61, 2), (64, 64, 3), (48, 48, 6)):
+        assert chosen(b, c, d, torch.float32) == "unaligned"
+    for b, c, d in ((64, 61, 4), (61, 60, 1), (61, 61, 8)):
+        assert chosen(b, c, d, torch.float32) != "unaligned"
+
+
 @pytest.mark.parametrize("table", [TILES_16BIT, TILES_32BIT], ids=["16bit", "32bit"])
 def test_names_and_numbers_are_distinct_and_those_of_the_kernels(table):
     numbers = {tile.number for tile in table}

@@ -119,12 +119,24 @@ SPLIT_STEP_S = {
     "registers8": (2.5e-6, 2.7e-6),
     "registers_last": (1.55e-6, 1.2e-6),
 }
+# The tile of rows and blocks of any length: the share of the copy rate, and FLOP/s where its sums bind, by hand from 40
+# products on one H100 (tf32 only by what its steps cost elsewhere). Weights of 16 bits with more k than these are
+# fetched again for every tile.
+UNALIGNED_SHARE = 0.3
+UNALIGNED_FLOP_PER_S = {"16bit": 1.3e14, "tf32": 3.1e13, "float32": 2.6e13}
+UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
+# bmm with d = 1 where rows of its blocks are no whole 16-byte pieces of 16 bits.
+BMM_ELEMENTS_SHARE = 0.15
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
 BMM_ROW_BLOCK_S = 4.8e-11
 
 
+def _precision(dtype: torch.dtype, tf32: bool) -> str:
+    return "16bit" if dtype.itemsize == 2 else "tf32" if tf32 else "float32"
+
+
 def _gpu_rates(dtype: torch.dtype, tf32: bool) -> GpuRates:
-    return GPU_RATES["16bit" if dtype.itemsize == 2 else "tf32" if tf32 else "float32"]
+    return GPU_RATES[_precision(dtype, tf32)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,9 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
         if pattern.d > 1 and not (last and pattern.a == 1):
             share = BMM_FAR_SHARE if pattern.d >= 32 and not last else BMM_PERMUTED_SHARE
             return 3 * CALL_S + traffic / COPY_BYTES_PER_S / share + arithmetic
-        return CALL_S + max(traffic / COPY_BYTES_PER_S / BMM_SHARE, arithmetic)
+        odd = itemsize == 2 and not last and (pattern.b % 8 != 0 or pattern.c % 8 != 0)
+        share = BMM_ELEMENTS_SHARE if odd else BMM_SHARE
+        return CALL_S + max(traffic / COPY_BYTES_PER_S / share, arithmetic)
     return CALL_S + _kernel_s(problem, rates, traffic)
 
 
@@ -202,6 +216,11 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     whole = problem.n % piece == 0 if last else b % piece == 0 and c % piece == 0 and (d % piece == 0 or piece % d == 0)
     if tile.name == SMALL_BLOCKS:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    if tile.any_length:
+        flop_per_s = UNALIGNED_FLOP_PER_S[_precision(problem.dtype, problem.tf32)]
+        if c > UNALIGNED_RESIDENT_C:
+            flop_per_s = min(flop_per_s, UNALIGNED_STREAMED_FLOP_PER_S)
+        return max(traffic / COPY_BYTES_PER_S / UNALIGNED_SHARE, problem.pattern.flops(problem.n) / flop_per_s)
     if not whole:
         return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
     if tile.splits_weights:

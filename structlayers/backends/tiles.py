@@ -17,7 +17,8 @@ class Tile:
 
     ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
     ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x,
-    ``splits_weights`` that threads fetch the weights, which then may lie anyhow.
+    ``splits_weights`` that threads fetch the weights, which then may lie anyhow, ``any_length`` that rows and blocks
+    may have any length and ``run`` is the longest that the tile serves.
     """
 
     name: str
@@ -30,9 +31,12 @@ class Tile:
     registers: bool = False
     cluster: int = 1
     splits_weights: bool = False
+    any_length: bool = False
 
     def takes(self, pattern: Pattern) -> bool:
         """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
+        if self.any_length:
+            return pattern.d <= self.run
         if not self.registers or self.layout is Layout.BATCH_LAST:
             return True
         # The longest runs also serve longer ones: whole 16-byte pieces of 16 bits, or 32-byte sectors of 32 bits.
@@ -57,8 +61,6 @@ TILES_16BIT = (
     Tile("run16", 7, _FIRST, 16, 32, 64),
     Tile("wgmma1", 10, _FIRST, 1, 256, 128, wgmma=True),
     Tile("wgmma2", 11, _FIRST, 2, 256, 64, wgmma=True),
-    Tile("wgmma4", 12, _FIRST, 4, 128, 64, wgmma=True),
-    Tile("wgmma8", 13, _FIRST, 8, 64, 64, wgmma=True),
     Tile("wgmma16", 14, _FIRST, 16, 32, 64, wgmma=True),
     Tile("wgmma16_wide", 15, _FIRST, 16, 32, 64, wgmma=True),
     Tile("registers2", 20, _FIRST, 2, 128, 128, wgmma=True, registers=True),
@@ -67,6 +69,7 @@ TILES_16BIT = (
     Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True),
     Tile("registers16", 24, _FIRST, 16, 64, 32, wgmma=True, registers=True),
     Tile("registers16_pair", 25, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
+    Tile("unaligned", 28, _FIRST, 8, 64, 64, wgmma=True, any_length=True),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
 )
@@ -79,10 +82,29 @@ TILES_32BIT = (
     Tile("registers2", 20, _FIRST, 2, 128, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers4", 21, _FIRST, 4, 128, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True, splits_weights=True),
+    Tile("unaligned", 28, _FIRST, 8, 64, 64, wgmma=True, any_length=True),
     Tile("registers_last", 27, _LAST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("last", 8, _LAST, 1, 128, 128),
     Tile("last_narrow", 9, _LAST, 1, 128, 64),
 )
+
+
+def whole_pieces(pattern: Pattern) -> bool:
+    """Whether rows of 16-bit weights and the runs of l are whole 16-byte pieces, or divide them."""
+    return pattern.c % 8 == 0 and (pattern.d % 8 == 0 or 8 % pattern.d == 0)
+
+
+# Up to which c the tile of any length was measured to be the faster one where y alone is not made of whole pieces.
+UNALIGNED_OUTPUT_C = 256
+
+
+def _wants_any_length(problem: Problem) -> bool:
+    """Whether the tile of any length is faster than those that want whole 16-byte pieces, if they take the problem."""
+    pattern = problem.pattern
+    if problem.dtype == torch.float32:
+        return False
+    ragged_output = pattern.d in (2, 4) and pattern.b * pattern.d % 8 != 0 and pattern.c <= UNALIGNED_OUTPUT_C
+    return ragged_output or not whole_pieces(pattern)
 
 
 # The only architecture whose wgmma the kernels use.
@@ -123,13 +145,17 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         if "registers_last" in tiles:
             return tiles["registers_last"]
         return tiles["last_narrow" if b <= 64 else "last"]
+    if "unaligned" in tiles and _wants_any_length(problem):
+        return tiles["unaligned"]
     registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
     if registers in tiles:
         return tiles[registers]
+    if "unaligned" in tiles and problem.dtype == torch.float32:
+        return tiles["unaligned"]
     if "wgmma1" in tiles:
         if d > 8:
             return tiles["wgmma16_wide" if d >= 64 and b > 64 and c > 64 else "wgmma16"]
-        return tiles["wgmma1" if d == 1 else "wgmma2" if d == 2 else "wgmma4" if d <= 4 else "wgmma8"]
+        return tiles["wgmma1" if d == 1 else "wgmma2"]
     if d == 1:
         return tiles["run1"]
     if d == 2:

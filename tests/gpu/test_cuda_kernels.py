@@ -182,6 +182,32 @@ def test_values_of_aligned_and_large_problems(kind, layout):
         check(call, tiles_for(problem, built_for_sm90a()))
 
 
+# b, c, d and n of which hardly anything divides anything; 509 and 1021 are weights that no tile keeps.
+UNALIGNED = (
+    ((1, 61, 61, 2), 300),
+    ((4, 127, 61, 3), 1025),
+    ((1, 251, 251, 4), 257),
+    ((7, 31, 113, 5), 1030),
+    ((2, 127, 127, 7), 700),
+    ((2, 59, 509, 3), 263),
+    ((1, 40, 1021, 7), 270),
+    ((1, 61, 40, 8), 2049),
+)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "wide"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_where_nothing_is_made_of_whole_pieces(kind, strides):
+    """The chosen tile over several tiles and units; with and without a bias, the ends of features cut off."""
+    dtype, tf32 = KINDS[kind]
+    for seed, (entries, n) in enumerate(UNALIGNED):
+        pattern = Pattern(*entries)
+        problem = Problem(pattern, n, dtype, "cuda", Layout.BATCH_FIRST, tf32, capability=CAPABILITY)
+        for cut, bias, activation in ((0, False, "none"), (5, True, "gelu"), (pattern.d * 11, True, "none")):
+            call = Call(problem, pattern.in_features - cut, pattern.out_features - cut, bias, activation, strides)
+            check(call, [cuda.tile_of(problem)], seed)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_of_strides_padding_bias_and_activation(kind):
     dtype, tf32 = KINDS[kind]

@@ -1,0 +1,7 @@
+#include "launch_unaligned.cuh"
+
+namespace structlayers {
+
+template cudaError_t launch_unaligned<float, true>(const Product& p, cudaStream_t stream, bool& taken);
+
+}  // namespace structlayers
