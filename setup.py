@@ -80,7 +80,8 @@ def arch_flags(archs: str) -> list[str]:
 
 def compile_flags(torch_package: Path, archs: str) -> list[str]:
     """nvcc flags for one source file."""
-    language = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", *arch_flags(archs)]
+    # Compressed, machine code takes a third of the bytes.
+    language = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", *arch_flags(archs)]
     if "9.0a" in archs:
         language.append("-DSTRUCTLAYERS_SM90A")
     return [*language, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA", f"-I{torch_package / 'include'}"]

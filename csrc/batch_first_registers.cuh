@@ -45,6 +45,7 @@ struct RegisterTile {
   static constexpr int XK = DL == 2 ? 32 : 16, Boxes = Strided ? 1 : XK * DL / 64, BoxBytes = TN * XK * DL * 2 / Boxes;
   static constexpr int BoxRows = TN / Cluster, XBytes = Boxes * BoxBytes;
   static constexpr int XWarps = 3, XArrivals = Strided ? 32 * XWarps : 1;  // warps that copy; arrivals that fill a slot
+  static constexpr int XReleases = Strided ? Consumers : Consumers / 32 * Cluster;  // arrivals that free a slot
   static constexpr int WRow = WK * 2, WBytes = DL * TJ * WRow, WSteps = WK / XK;
   // y leaves in two parts of j. The threads of a warp, or of two warps that hold different l, write whole rows of a part.
   static constexpr int YParts = 2, YColumns = WJ / YParts, YRun = LGroups == 2 ? DL : LW;
@@ -387,7 +388,13 @@ class BatchFirstRegisters : UnitWalk<Tile> {
 
   // ---- the warpgroups that multiply
 
+  // Where threads copy, every thread that has read arrives: it costs nothing, and racecheck does not follow what
+  // __syncwarp orders before one lane's arrival.
   __device__ __forceinline__ void release_x(int slot) const {
+    if constexpr (Tile::Strided) {
+      barrier_arrive(x_empty + 8 * slot);
+      return;
+    }
     __syncwarp();
     if constexpr (Tile::Cluster == 1) {
       if (lane == 0) barrier_arrive(x_empty + 8 * slot);
@@ -460,7 +467,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < s.x_slots; ++slot) {
         barrier_init(x_full + 8 * slot, Tile::XArrivals);
-        barrier_init(x_empty + 8 * slot, Tile::Consumers / 32 * Tile::Cluster);
+        barrier_init(x_empty + 8 * slot, Tile::XReleases);
       }
       for (int slot = 0; slot < s.w_slots; ++slot) {
         barrier_init(w_full + 8 * slot, 1);
