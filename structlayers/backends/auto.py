@@ -127,6 +127,9 @@ UNALIGNED_FLOP_PER_S = {"16bit": 1.3e14, "tf32": 3.1e13, "float32": 2.6e13}
 UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
 # bmm with d = 1 where rows of its blocks are no whole 16-byte pieces of 16 bits.
 BMM_ELEMENTS_SHARE = 0.15
+# What float32 products of small blocks reach of the rate of large ones, b, c / (b, c + this): 13, 19, 28 and 45 TFLOP/s
+# at 32, 64, 192 and 1,024 on one H100.
+BMM_FLOAT32_HALF_RATE = 90
 # A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
 BMM_ROW_BLOCK_S = 4.8e-11
 
@@ -197,7 +200,9 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
         moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
         return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
     if name == "bmm":
-        arithmetic = max(pattern.flops(n) / rates.matmul, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
+        smallest = min(pattern.b, pattern.c)
+        small = 1 + BMM_FLOAT32_HALF_RATE / smallest if itemsize == 4 and not problem.tf32 else 1
+        arithmetic = max(pattern.flops(n) / rates.matmul * small, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
         if pattern.d > 1 and not (last and pattern.a == 1):
             share = BMM_FAR_SHARE if pattern.d >= 32 and not last else BMM_PERMUTED_SHARE
             return 3 * CALL_S + traffic / COPY_BYTES_PER_S / share + arithmetic
@@ -250,6 +255,8 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
 # A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, as
 # fitted to the five pairs of csrc/NOTES.md (0.8 to 1.2 times what was measured). H100 and H200 have 132 SMs.
 PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S, HOPPER_SMS = 0.75, 0.6, 2.0e9, 132
+# What a tile costs a cluster of two besides, by one pair on one H100: (1,16,16,64)(16,64,64,1) takes 94 us.
+PAIR_OF_CTAS_CYCLES = 20_000
 
 
 def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
@@ -269,15 +276,16 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
     arithmetic = flops / rates.matmul / PAIR_MATMUL_SHARE
     tiles = -(-n // TILE_ROWS) * link.left.a
     rounds = -(-tiles // (HOPPER_SMS // tile.cluster))
-    return CALL_S + max(traffic, arithmetic, rounds * tile.cycles / PAIR_CYCLES_PER_S)
+    cycles = tile.cycles + (PAIR_OF_CTAS_CYCLES if tile.cluster == 2 else 0)
+    return CALL_S + max(traffic, arithmetic, rounds * cycles / PAIR_CYCLES_PER_S)
 
 
 # Fitted to 11 chainable pairs (products of 256 to 17 million elements) on the CPU of the costs above.
 CPU_MERGE_CALL_S, CPU_MERGE_ELEMENT_S = 1.3e-5, 1.3e-9
 # Both factors and the product are permuted around one batched product.
 GPU_MERGE_CALLS = 4
-# The compiled kernel of merging.py: a launch, and its multiply-adds.
-MERGE_CALL_S, MERGE_PRODUCTS_PER_S = 3e-6, 2e11
+# The compiled kernel of merging.py: a launch, and its multiply-adds (18 us for two halves of radix-2 4096 on one H100).
+MERGE_CALL_S, MERGE_PRODUCTS_PER_S = 4e-6, 1e11
 
 
 def merge_cost_s(link: Link, dtype: torch.dtype, device_type: str) -> float:

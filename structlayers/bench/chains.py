@@ -97,6 +97,9 @@ def _time_chain(
     case: ChainCase, contenders: Sequence[str], conditions: ChainConditions, energy: EnergyColumn | None
 ) -> list[Result]:
     device, layout, chain, n = conditions.device, Layout(case.layout), case.chain, case.n
+    if device.type == "cuda" and 2 * torch.cuda.memory_reserved(device) > torch.cuda.mem_get_info(device)[1]:
+        # What the graphs of earlier cases held lies in pools of their own, and no allocation in a capture can free it.
+        _release_memory(device)
     first = layout is Layout.BATCH_FIRST
     generator = torch.Generator(device).manual_seed(conditions.seed)
     draw = partial(torch.randn, generator=generator, dtype=DTYPES[case.dtype], device=device)
