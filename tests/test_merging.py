@@ -39,3 +39,22 @@ def test_runs_are_multiplied_in_order_and_gradients_flow():
         assert torch.equal(product, reduce(merge_weights, run))
     gradients = torch.autograd.grad(sum(product.sum() for product in products), [w for run in runs for w in run])
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_only_runs_that_fit_go_to_the_kernel(monkeypatch):
+    runs = [
+        [torch.randn(p.weight_shape) for p in chain]
+        for chain in [Chain.butterfly(8), Chain.monarch(16, 16, 4), *[Chain.butterfly(16)] * merging.MOST_RUNS]
+    ]
+    launches = []
+
+    def kernel(weights, lengths):
+        launches.append(lengths)
+        parts = iter(weights)
+        return [reduce(merge_weights, [next(parts) for _ in range(length)]) for length in lengths]
+
+    monkeypatch.setattr(merging, "_takes_kernel", lambda run: len(run) > 2)
+    monkeypatch.setattr(torch.ops.structlayers, "cuda_merge", kernel)
+    for run, product in zip(runs, merging.merge(runs), strict=True):
+        assert torch.equal(product, reduce(merge_weights, run))
+    assert launches == [[3, *[4] * (merging.MOST_RUNS - 1)], [4]]

@@ -49,14 +49,14 @@ def merge(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
     The compiled kernel rounds once; products by torch round after every factor.
     """
-    if all(_takes_kernel(run) for run in runs):
-        products: list[Tensor] = []
-        for start in range(0, len(runs), MOST_RUNS):
-            together = runs[start : start + MOST_RUNS]
-            weights = [weight.contiguous() for run in together for weight in run]
-            products += torch.ops.structlayers.cuda_merge(weights, [len(run) for run in together])
-        return products
-    return [reduce(merge_weights, run) for run in runs]
+    products: dict[int, Tensor] = {}
+    compiled = [number for number, run in enumerate(runs) if _takes_kernel(run)]
+    for start in range(0, len(compiled), MOST_RUNS):
+        together = compiled[start : start + MOST_RUNS]
+        weights = [weight.contiguous() for number in together for weight in runs[number]]
+        found = torch.ops.structlayers.cuda_merge(weights, [len(runs[number]) for number in together])
+        products.update(zip(together, found, strict=True))
+    return [products[number] if number in products else reduce(merge_weights, run) for number, run in enumerate(runs)]
 
 
 def _takes_kernel(run: Sequence[Tensor]) -> bool:
