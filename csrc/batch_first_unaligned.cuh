@@ -26,6 +26,7 @@
 
 #include "asynchronous.cuh"
 #include "product.h"
+#include "split.cuh"
 #include "tile.cuh"
 #include "wgmma.cuh"
 
@@ -238,12 +239,6 @@ class BatchFirstUnaligned {
   // A word of which `valid` elements exist; the others become zeros.
   static __device__ __forceinline__ uint32_t first_of_two(uint32_t v, int valid) { return valid >= 2 ? v : valid == 1 ? v & 0xffff : 0; }
 
-  // To the nearest number of 10 bits; what is left is exact.
-  static __device__ __forceinline__ uint32_t upper_part(uint32_t v) { return (v + 0x1000u) & 0xffffe000u; }
-  static __device__ __forceinline__ uint32_t lower_part(uint32_t v, uint32_t upper) {
-    return __float_as_uint(__uint_as_float(v) - __uint_as_float(upper));
-  }
-
   __device__ __forceinline__ void sync_consumers() const { sync_threads(1, Tile::Consumers); }
 
   // ---- 16 bits: x from shared memory to registers, and the products
@@ -340,22 +335,6 @@ class BatchFirstUnaligned {
 
   using Partial = float[WJ / 8][4];
   using SplitOperands = uint32_t[2][4];  // of 8 k, and 8 more
-
-  static __device__ __forceinline__ void clear(Accumulators& acc) {
-#pragma unroll
-    for (int l = 0; l < DL; ++l)
-#pragma unroll
-      for (int g = 0; g < WJ / 8; ++g)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[l][g][e] = 0.f;
-  }
-
-  static __device__ __forceinline__ void promote(Partial& acc, const Partial& partial) {
-#pragma unroll
-    for (int g = 0; g < WJ / 8; ++g)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[g][e] += partial[g][e];
-  }
 
   // 16 k of one l; `left` values exist from this thread's first on.
   __device__ __forceinline__ void load_split(SplitOperands& upper, SplitOperands& lower, uint32_t source, int left) const {
@@ -545,7 +524,7 @@ class BatchFirstUnaligned {
       const int shift = static_cast<int>(run & 15);
       const uint32_t first_read = x_base + (my_row + row) * Tile::XPitch + (Tile::Pieced ? 0 : shift & 12) + lane % 4 * DL * 4;
       for (int tile = 0; tile < at.tiles; ++tile, at.n0 += tn) {
-        if constexpr (Tile::Float) clear(acc);
+        if constexpr (Tile::Float) clear_sums(acc);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
           const int k = step * XK, within = k % Tile::WK;

@@ -23,6 +23,7 @@
 
 #include "asynchronous.cuh"
 #include "product.h"
+#include "split.cuh"
 #include "tile.cuh"
 #include "unit_walk.cuh"
 #include "wgmma.cuh"
@@ -177,12 +178,6 @@ class Float32Registers : UnitWalk<Tile> {
     });
   }
 
-  // To the nearest number of 10 bits; what is left is exact.
-  static __device__ __forceinline__ uint32_t upper_part(uint32_t v) { return (v + 0x1000u) & 0xffffe000u; }
-  static __device__ __forceinline__ uint32_t lower_part(uint32_t v, uint32_t upper) {
-    return __float_as_uint(__uint_as_float(v) - __uint_as_float(upper));
-  }
-
   // Splits w where it lies, or where the copy engine does not take it, fetches it: each thread 16-byte pieces of all rows that
   // lie RoundRows apart, so that a warp touches whole rows.
   template <bool Fetches>
@@ -320,13 +315,6 @@ class Float32Registers : UnitWalk<Tile> {
   using Partial = float[WJ / 8][4];
   static constexpr uint64_t LStep = DL == 1 ? 0 : Tile::TJ * Tile::WRow / 16, LowStep = Tile::WPart / 16;
 
-  __device__ static __forceinline__ void promote(Partial& acc, const Partial& partial) {
-#pragma unroll
-    for (int g = 0; g < WJ / 8; ++g)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[g][e] += partial[g][e];
-  }
-
   // The slots of x of one step.
   struct Step {
     uint32_t slots[Tile::XSlots], empty[Tile::XSlots];
@@ -431,14 +419,7 @@ class Float32Registers : UnitWalk<Tile> {
       Place at = place(unit);
       for (int tile = 0; tile < at.tiles; ++tile, at.n0 += TN) {
         const bool last_use = !s.resident || tile == at.tiles - 1;
-        if constexpr (Split) {
-#pragma unroll
-          for (int l = 0; l < LW; ++l)
-#pragma unroll
-            for (int g = 0; g < WJ / 8; ++g)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) acc[l][g][e] = 0.f;
-        }
+        if constexpr (Split) clear_sums(acc);
         int w_used = -1;  // a slot of w whose products are under way, and the last of it
         const auto release_w = [&] {
           if (w_used >= 0 && lane == 0) barrier_arrive(w_empty + 8 * w_used);

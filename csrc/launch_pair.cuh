@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "pair.cuh"
+#include "tensor_map.cuh"
 
 namespace structlayers {
 namespace {
@@ -87,18 +88,6 @@ bool choose_pair_shape(const Pair& p, int tile, PairShape& s) {
     }
   }
   return least > 0;
-}
-
-// The driver's function, without linking to the driver.
-auto tensor_map_encoder() {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  return encode;
 }
 
 template <typename T>
