@@ -269,11 +269,13 @@ def _operands(problem: ChainProblem, when: str) -> Iterator[tuple[Operand, float
             if link is None:
                 break
             pattern = link.product
-            by_torch_s += auto.merge_cost_s(link, problem.dtype, problem.device_type)
-            n_products = merging.n_products(chain.patterns[start:stop])
-            compiled = n_products is not None and cuda.reason_against(problem.single(pattern)) is None
-            merge_s = auto.compiled_merge_cost_s(n_products or 0) if compiled else by_torch_s
-            yield Operand(start, stop, pattern), merge_s if when == "each call" else 0.0
+            merge_s = 0.0
+            if when == "each call":
+                by_torch_s += auto.merge_cost_s(link, problem.dtype, problem.device_type)
+                n_products = merging.n_products(chain.patterns[start:stop])
+                compiled = n_products is not None and cuda.reason_against(problem.single(pattern)) is None
+                merge_s = auto.compiled_merge_cost_s(n_products or 0) if compiled else by_torch_s
+            yield Operand(start, stop, pattern), merge_s
     if when == "never" or (when == "each call" and chain.is_chainable):
         # Unfrozen, the product of all factors and the dense backend are the same, and cheaper.
         return
@@ -325,6 +327,10 @@ def prepare(chosen: Plan, activation: str = "none") -> ChainProduct:
         product = _prepare_step(problem, step, activation if step.start == 0 else "none", sizes[1])
         products.append((product, operands.index(step.operands[0]), operands.index(step.operands[-1]) + 1))
     derives = any(operand.is_derived for operand in operands)
+    if len(products) == 1 and not derives:
+        # What most calls are; nothing is looked up in them.
+        whole = products[0][0]
+        return lambda x, weights, bias: whole(x, *weights, bias)
 
     def multiply(
         x: Tensor,  # (N, in_features), batch-last (in_features, N)
