@@ -175,12 +175,14 @@ cudaError_t start_pair_of(const PairMaps& maps, const Pair& p, const PairShape& 
 
 template <typename T>
 cudaError_t launch_pair(const Pair& p, int tile, cudaStream_t stream) {
-  if (tile <= 1) {
-    tile = 0;
+  // No rows of left: registers, or this kernel's own choice.
+  if (tile >> 16 == 0) {
     if (pair_fits_registers(p)) {
-      if constexpr (std::is_same_v<T, __half>) return launch_pair_registers_float16(p, stream);
-      else return launch_pair_registers_bfloat16(p, stream);
+      const int parts = std::max(1, tile >> 8);
+      if constexpr (std::is_same_v<T, __half>) return launch_pair_registers_float16(p, parts, stream);
+      else return launch_pair_registers_bfloat16(p, parts, stream);
     }
+    tile = 0;
   }
   PairShape s{};
   PairMaps maps;

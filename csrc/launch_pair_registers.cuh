@@ -30,28 +30,31 @@ bool make_pair_register_maps(const Pair& p, bool flat_x, PairRegisterMaps& maps)
 }
 
 template <typename Tile>
-cudaError_t start_pair_registers(const Pair& p, cudaStream_t stream) {
+cudaError_t start_pair_registers(const Pair& p, int parts, cudaStream_t stream) {
   constexpr auto Kernel = pair_registers_kernel<Tile>;
   if (const cudaError_t error = allow_shared_bytes<Kernel>(Tile::SharedBytes); error != cudaSuccess) return error;
   const bool flat_x = p.in_features != int64_t{p.groups} * p.alpha * p.c;
   PairRegisterMaps maps;
-  if (!make_pair_register_maps<Tile>(p, flat_x, maps)) return cudaErrorInvalidValue;
+  if (parts < 1 || !make_pair_register_maps<Tile>(p, flat_x, maps)) return cudaErrorInvalidValue;
+  // Whole chunks of J in every part, and no empty part.
+  const int chunks = (p.b + Tile::J - 1) / Tile::J, part_chunks = (chunks + parts - 1) / parts;
+  const PairRegisterCut cut{(chunks + part_chunks - 1) / part_chunks, part_chunks * Tile::J, flat_x};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.n, Tile::Rows) * p.groups, multiprocessors())));
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.n, Tile::Rows) * p.groups * cut.parts, multiprocessors())));
   config.blockDim = dim3(Tile::Threads);
   config.dynamicSmemBytes = Tile::SharedBytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, Kernel, maps, p, flat_x);
+  return cudaLaunchKernelEx(&config, Kernel, maps, p, cut);
 }
 
 template <typename T>
-cudaError_t launch_pair_registers(const Pair& p, cudaStream_t stream) {
+cudaError_t launch_pair_registers(const Pair& p, int parts, cudaStream_t stream) {
   switch (p.rank) {
-    case 16: return start_pair_registers<PairRegisterTile<T, 2>>(p, stream);
-    case 24: return start_pair_registers<PairRegisterTile<T, 3>>(p, stream);
-    case 32: return start_pair_registers<PairRegisterTile<T, 4>>(p, stream);
-    case 48: return start_pair_registers<PairRegisterTile<T, 6>>(p, stream);
-    case 64: return start_pair_registers<PairRegisterTile<T, 8>>(p, stream);
+    case 16: return start_pair_registers<PairRegisterTile<T, 2>>(p, parts, stream);
+    case 24: return start_pair_registers<PairRegisterTile<T, 3>>(p, parts, stream);
+    case 32: return start_pair_registers<PairRegisterTile<T, 4>>(p, parts, stream);
+    case 48: return start_pair_registers<PairRegisterTile<T, 6>>(p, parts, stream);
+    case 64: return start_pair_registers<PairRegisterTile<T, 8>>(p, parts, stream);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -31,13 +31,13 @@ inline bool pair_fits_registers(const Pair& p) {
   return p.alpha == 4 && p.delta == 4 && rank && whole_x && whole_y && reinterpret_cast<uintptr_t>(p.bias) % 4 == 0;
 }
 
-// Launches on `stream` on the current device; `tile` is 0, 1 for pair_registers.cuh, or cluster + 256 * (Rows1 / 32) + 65536 * (Rows2 / 32)
+// Launches on `stream` on the current device; `tile` is 0, 1 + 256 * parts for pair_registers.cuh, or cluster + 256 * (Rows1 / 32) + 65536 * (Rows2 / 32)
 // of pair.cuh. Returns an error of the launch; cudaErrorInvalidValue where no tile takes the pair.
 cudaError_t launch_pair_float16(const Pair& p, int tile, cudaStream_t stream);
 cudaError_t launch_pair_bfloat16(const Pair& p, int tile, cudaStream_t stream);
 
-// Likewise, by pair_registers.cuh, which takes the pair.
-cudaError_t launch_pair_registers_float16(const Pair& p, cudaStream_t stream);
-cudaError_t launch_pair_registers_bfloat16(const Pair& p, cudaStream_t stream);
+// Likewise, by pair_registers.cuh, which takes the pair, in at most so many parts of the j.
+cudaError_t launch_pair_registers_float16(const Pair& p, int parts, cudaStream_t stream);
+cudaError_t launch_pair_registers_bfloat16(const Pair& p, int parts, cudaStream_t stream);
 
 }  // namespace structlayers

@@ -3,7 +3,7 @@
 //
 // Contract: pair.h; of the pairs, those that pair_fits_registers takes.
 //
-// Index map: a tile is 64 rows n of one group i in one CTA. Two warpgroups multiply; each holds all rows and half of the left
+// Index map: a tile is 64 rows n of one group i in one CTA, all j or one part of them. Two warpgroups multiply; each holds all rows and half of the left
 // blocks l. One warp fetches, one writes y. The grid is persistent.
 //
 //   phase 1, for every right block s:   x_s [n][m]  *  right [l][rho][m]  ->  t[l] [n][k = s*rank + rho]
@@ -52,6 +52,12 @@ struct PairRegisterMaps {
   CUtensorMap x, right, left, y;
 };
 
+// Every part of `part_j` of the j is a unit of its own, which computes t again: for batches whose tiles are fewer than the CTAs.
+struct PairRegisterCut {
+  int parts, part_j;
+  bool flat_x;  // x is not described by blocks
+};
+
 template <typename Tile>
 class PairRegisters {
   using T = typename Tile::T;
@@ -71,13 +77,23 @@ class PairRegisters {
   const uint32_t full = y_base + Tile::YSlots * Tile::YBytes, empty = full + 8 * Tile::Stages;
   const uint32_t y_full = empty + 8 * Tile::Stages, y_empty = y_full + 8 * Tile::YSlots;
   const int x_steps = (p.c + Tile::RowK - 1) / Tile::RowK;
+  // A unit is a tile and one part of its j; parts of a tile follow each other, so that they find x in the L2.
+  const int parts, part_j;
   const unsigned step = gridDim.x, first = blockIdx.x;
-  const unsigned n_tiles = static_cast<unsigned>((p.n + Tile::Rows - 1) / Tile::Rows) * p.groups;
+  const unsigned n_units = static_cast<unsigned>((p.n + Tile::Rows - 1) / Tile::Rows) * p.groups * parts;
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
   const int lane = threadIdx.x % 32, group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
-  __device__ __forceinline__ int first_row(unsigned tile) const { return static_cast<int>(tile / p.groups) * Tile::Rows; }
+  struct Unit {
+    int i, n0, j0, j_end;
+  };
+
+  __device__ __forceinline__ Unit unit(unsigned index) const {
+    const unsigned tile = index / parts;
+    const int j0 = static_cast<int>(index % parts) * part_j;
+    return {static_cast<int>(tile % p.groups), static_cast<int>(tile / p.groups) * Tile::Rows, j0, min(p.b, j0 + part_j)};
+  }
 
   // ---- the warp that fetches
 
@@ -96,8 +112,8 @@ class PairRegisters {
 
   __device__ __forceinline__ void fetch() const {
     Ring ring;
-    for (unsigned tile = first; tile < n_tiles; tile += step) {
-      const int i = tile % p.groups, n0 = first_row(tile);
+    for (unsigned index = first; index < n_units; index += step) {
+      const auto [i, n0, j0, j_end] = unit(index);
       for (int s = 0; s < Tile::Alpha; ++s) {
         const int block = i * Tile::Alpha + s;
         for (int k = 0; k < p.c; k += Tile::RowK) {
@@ -108,7 +124,7 @@ class PairRegisters {
           ring.advance(Tile::Stages);
         }
       }
-      for (int j = 0; j < p.b; j += J) {
+      for (int j = j0; j < j_end; j += J) {
         for (int k = 0; k < K; k += Tile::RowK) {
           const uint32_t stage = acquire(ring, 2 * Tile::LeftBytes);
           fetch_weights(stage, Tile::LeftBytes, maps.left, full + 8 * ring.slot, k, j, i);
@@ -123,9 +139,9 @@ class PairRegisters {
   __device__ __forceinline__ void write() const {
     Ring y;
     int earlier = -1;
-    for (unsigned tile = first; tile < n_tiles; tile += step) {
-      const int i = tile % p.groups, n0 = first_row(tile);
-      for (int j = 0; j < p.b; j += Tile::YJ) {
+    for (unsigned index = first; index < n_units; index += step) {
+      const auto [i, n0, j0, j_end] = unit(index);
+      for (int j = j0; j < j_end; j += Tile::YJ) {
         barrier_wait(y_full + 8 * y.slot, y.parity);
         store_box(maps.y, y_base + y.slot * Tile::YBytes, j * Tile::Delta, i, n0);
         store_box_commit();
@@ -325,20 +341,21 @@ class PairRegisters {
   __device__ __forceinline__ void multiply() const {
     Ring ring, y;
     Accumulators acc;
-    for (unsigned tile = first; tile < n_tiles; tile += step) {
+    for (unsigned index = first; index < n_units; index += step) {
+      const auto [i, n0, j0, j_end] = unit(index);
       Intermediate t;
       fill_t(acc, t, ring);
 #pragma unroll 1
-      for (int j0 = 0; j0 < p.b; j0 += J) {
-        multiply_left(acc, t, ring, tile % p.groups, j0);
-        hand_over(acc, y, j0);
+      for (int j = j0; j < j_end; j += J) {
+        multiply_left(acc, t, ring, i, j);
+        hand_over(acc, y, j);
       }
     }
   }
 
  public:
-  __device__ PairRegisters(const PairRegisterMaps& maps, const Pair& p, bool flat_x, uint32_t shared)
-      : maps(maps), p(p), flat_x(flat_x), shared(shared) {}
+  __device__ PairRegisters(const PairRegisterMaps& maps, const Pair& p, PairRegisterCut cut, uint32_t shared)
+      : maps(maps), p(p), flat_x(cut.flat_x), shared(shared), parts(cut.parts), part_j(cut.part_j) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
@@ -369,10 +386,10 @@ class PairRegisters {
 // The products exist only in code for sm_90a; the host launches this kernel on such devices alone.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::Threads, 1)
-    pair_registers_kernel(const __grid_constant__ PairRegisterMaps maps, const __grid_constant__ Pair p, bool flat_x) {
+    pair_registers_kernel(const __grid_constant__ PairRegisterMaps maps, const __grid_constant__ Pair p, const __grid_constant__ PairRegisterCut cut) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
-  PairRegisters<Tile>(maps, p, flat_x, shared_address(dynamic_shared)).run();
+  PairRegisters<Tile>(maps, p, cut, shared_address(dynamic_shared)).run();
 #endif
 }
 

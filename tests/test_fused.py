@@ -120,13 +120,24 @@ def test_a_wide_intermediate_is_spread_over_a_cluster():
 
 def test_layers_of_four_blocks_keep_the_intermediate_in_registers():
     for sizes in ((384, 384), (384, 1536), (1536, 384), (768, 768), (1024, 4096)):
-        problem = pair_of(Chain.monarch(*sizes, 4))
+        problem = pair_of(Chain.monarch(*sizes, 4), n=25_088)
         tile = choose_pair_tile(problem)
         assert tile.in_registers
-        assert (tile.name, tile.number) == ("registers", 1)
+        assert (tile.name, tile.number) == ("registers", 1 + 256)
         assert 5 <= tile.stages <= fused.MOST_STAGES
         others = [other for other in pair_tiles(problem) if not other.in_registers]
         assert choose_pair_tile(problem, others[0].name) == others[0]
+
+
+def test_outputs_are_cut_into_parts_where_tiles_are_fewer_than_sms():
+    wide = pair_of(Chain.monarch(1024, 4096, 4))
+    parts = {n: choose_pair_tile(dataclasses.replace(wide, n=n)).parts for n in (512, 2048, 4096, 8192, 25_088)}
+    assert parts == {512: 8, 2048: 4, 4096: 2, 8192: 1, 25_088: 1}
+    # A chunk of 64 j is not cut, and no part is empty: 1,024 j are 16 chunks.
+    assert [tile.parts for tile in pair_tiles(wide) if tile.in_registers] == [1, 2, 3, 4, 6, 8]
+    assert [tile.parts for tile in pair_tiles(pair_of(Chain.monarch(768, 768, 4))) if tile.in_registers] == [1, 2, 4]
+    times = [pair_cost_s(dataclasses.replace(wide, n=n)) for n in (512, 4096, 8192)]
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +210,8 @@ def test_arguments_of_the_kernel(kernel):
     assert first[2] is right
     assert first[3].is_contiguous()
     assert torch.equal(first[3], bias)
-    assert first[4:] == (1000, False, ACTIVATIONS.index("silu"), False, 0)
+    number = choose_pair_tile(dataclasses.replace(PAIR, out_features=1000)).number
+    assert first[4:] == (1000, False, ACTIVATIONS.index("silu"), False, number)
     assert second[3] is None
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from structlayers.backends.bmm import group_size
-from structlayers.backends.fused import TILE_ROWS, PairProblem, choose_pair_tile
+from structlayers.backends.fused import HOPPER_SMS, PairProblem, choose_pair_tile, rounds_of
 from structlayers.backends.tiles import SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
@@ -253,8 +253,8 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
 
 
 # A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, as
-# fitted to the five pairs of csrc/NOTES.md (0.8 to 1.2 times what was measured). H100 and H200 have 132 SMs.
-PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S, HOPPER_SMS = 0.75, 0.6, 2.0e9, 132
+# fitted to the five pairs of csrc/NOTES.md (0.8 to 1.2 times what was measured).
+PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S = 0.75, 0.6, 2.0e9
 # What a tile costs a cluster of two besides, by one pair on one H100: (1,16,16,64)(16,64,64,1) takes 94 us.
 PAIR_OF_CTAS_CYCLES = 20_000
 
@@ -274,10 +274,8 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
     # In registers, the cycles hold it.
     flops = 0 if tile.in_registers else link.left.flops(n) + link.right.flops(n)
     arithmetic = flops / rates.matmul / PAIR_MATMUL_SHARE
-    tiles = -(-n // TILE_ROWS) * link.left.a
-    rounds = -(-tiles // (HOPPER_SMS // tile.cluster))
     cycles = tile.cycles + (PAIR_OF_CTAS_CYCLES if tile.cluster == 2 else 0)
-    return CALL_S + max(traffic, arithmetic, rounds * cycles / PAIR_CYCLES_PER_S)
+    return CALL_S + max(traffic, arithmetic, rounds_of(problem, tile) * cycles / PAIR_CYCLES_PER_S)
 
 
 # Fitted to 11 chainable pairs (products of 256 to 17 million elements) on the CPU of the costs above.

@@ -36,6 +36,8 @@ MOST_FEATURES, MOST_ROWS = 2**31 - 1, 2**31 - 1 - TILE_ROWS
 CLUSTERS, STAGE_ROWS, MOST_STAGES = (1, 2, 4, 8), (256, 192, 128), 8
 # The pairs whose intermediate fits registers: alpha and delta, and the link ranks; values of K in a row of a stage.
 REGISTER_BLOCKS, REGISTER_RANKS, REGISTER_K = 4, (16, 24, 32, 48, 64), 64
+# Into how many parts the outputs of a tile may be cut, where there are fewer tiles than SMs; of an H100 or H200.
+PARTS, HOPPER_SMS = (1, 2, 3, 4, 6, 8), 132
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class PairTile:
     """How the kernel cuts a pair: ``cluster`` CTAs that share the intermediate, rows of each weight in a stage.
 
     ``stages`` of the pipeline fit beside the intermediate; ``cycles`` is about what one tile of the batch takes a CTA.
-    Where the intermediate stays in registers, the rows are 0.
+    Where the intermediate stays in registers, the rows are 0, and so many ``parts`` of a tile's outputs are work for
+    CTAs of their own, each of which computes the intermediate again.
     """
 
     cluster: int
@@ -97,10 +100,13 @@ class PairTile:
     left_rows: int
     stages: int
     cycles: float
+    parts: int = 1
 
     @property
     def number(self) -> int:
         """What names the tile in csrc/pair.h."""
+        if self.in_registers:
+            return 1 + 256 * self.parts
         return self.cluster + 256 * (self.right_rows // 32) + 65_536 * (self.left_rows // 32)
 
     @property
@@ -110,14 +116,21 @@ class PairTile:
     @property
     def name(self) -> str:
         if self.in_registers:
-            return "registers"
+            return "registers" if self.parts == 1 else f"registers{self.parts}"
         return f"cluster{self.cluster}_rows{self.right_rows}x{self.left_rows}"
 
 
 def pair_tiles(problem: PairProblem) -> list[PairTile]:
     """The tiles that take the pair."""
-    tiles = [_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS]
-    return [tile for tile in (_register_tile(problem), *tiles) if tile is not None]
+    tiles = [_register_tile(problem, parts) for parts in PARTS]
+    tiles += [_tile(problem, cluster, rows) for cluster in CLUSTERS for rows in STAGE_ROWS]
+    return [tile for tile in tiles if tile is not None]
+
+
+def rounds_of(problem: PairProblem, tile: PairTile) -> int:
+    """How often the busiest CTA or cluster goes through a tile, or a part of one."""
+    work = -(-problem.n // TILE_ROWS) * problem.link.left.a * tile.parts
+    return -(-work // (HOPPER_SMS // tile.cluster))
 
 
 def _tile(problem: PairProblem, cluster: int, left_rows: int) -> PairTile | None:
@@ -163,7 +176,7 @@ def _tile(problem: PairProblem, cluster: int, left_rows: int) -> PairTile | None
     return PairTile(cluster, right_rows, left_rows, min(stages, MOST_STAGES), cycles * (1.15 if stages < 3 else 1.0))
 
 
-def _register_tile(problem: PairProblem) -> PairTile | None:
+def _register_tile(problem: PairProblem, parts: int) -> PairTile | None:
     """As ``pair_fits_registers`` in csrc/pair.h and csrc/pair_registers.cuh have it.
 
     The cycles were fitted to 13 pairs at batches of 6,272 and 25,088 on one H100 (0.9 to 1.13 times what was measured),
@@ -184,9 +197,14 @@ def _register_tile(problem: PairProblem) -> PairTile | None:
     stage = max(TILE_ROWS + REGISTER_BLOCKS * rank, REGISTER_BLOCKS * left_j) * row
     stages = (SHARED_BYTES - 1024 - 2 * TILE_ROWS * row) // stage
     rights = REGISTER_BLOCKS * -(-c // REGISTER_K)
-    lefts = -(-b // left_j) * -(-REGISTER_BLOCKS * rank // REGISTER_K)
-    cycles = 2300 + rights * (570 + 4.8 * rank) + lefts * 7.6 * left_j + 24 * b
-    return PairTile(1, 0, 0, min(stages, MOST_STAGES), cycles)
+    # Whole chunks of the outputs in every part, and no empty part.
+    chunks = -(-b // left_j)
+    in_part = -(-chunks // parts)
+    if -(-chunks // in_part) != parts:
+        return None
+    steps = in_part * -(-REGISTER_BLOCKS * rank // REGISTER_K)
+    cycles = 2300 + rights * (570 + 4.8 * rank) + steps * 7.6 * left_j + 24 * min(b, in_part * left_j)
+    return PairTile(1, 0, 0, min(stages, MOST_STAGES), cycles, parts)
 
 
 def _rounded(size: int, multiple: int) -> int:
@@ -207,7 +225,10 @@ def choose_pair_tile(problem: PairProblem, tuned: str | None = None) -> PairTile
     for tile in tiles:
         if tile.name == tuned:
             return tile
-    return min(tiles, key=lambda tile: (not tile.in_registers, tile.cycles * tile.cluster))
+    in_registers = [tile for tile in tiles if tile.in_registers]
+    if in_registers:
+        return min(in_registers, key=lambda tile: rounds_of(problem, tile) * tile.cycles)
+    return min(tiles, key=lambda tile: tile.cycles * tile.cluster)
 
 
 def reason_against(problem: PairProblem) -> str | None:
@@ -263,8 +284,7 @@ def prepare(problem: PairProblem, activation: str) -> PairProduct:
     """The product with both factors, bias and activation included, as one kernel."""
     kernel = torch.ops.structlayers.cuda_pair.default
     entry = tuning.lookup(problem)
-    tuned = {tile.name: tile.number for tile in pair_tiles(problem)}
-    number = tuned.get(entry.tile or "", 0) if entry is not None else 0
+    number = choose_pair_tile(problem, None if entry is None else entry.tile).number
     last = problem.layout is Layout.BATCH_LAST
     split = problem.dtype == torch.float32 and not problem.tf32
     epilogue = ACTIVATIONS.index(activation)
