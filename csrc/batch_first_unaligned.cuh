@@ -300,10 +300,8 @@ class BatchFirstUnaligned {
     }
   }
 
-  __device__ __forceinline__ void release_x(int slot) const {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(x_empty + 8 * slot);
-  }
+  // Every thread that has read arrives, so that compute-sanitizer sees what orders the two.
+  __device__ __forceinline__ void release_x(int slot) const { barrier_arrive(x_empty + 8 * slot); }
 
   // Starts the products of a slot of x, of which `left` values exist, and leaves the last of them under way.
   __device__ __forceinline__ void multiply_pairs(Accumulators& acc, uint32_t source, uint64_t w, int shift, int left, int slot,
@@ -558,7 +556,7 @@ class BatchFirstUnaligned {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < s.x_slots; ++slot) {
         barrier_init(x_full + 8 * slot, Tile::Copiers);
-        barrier_init(x_empty + 8 * slot, Tile::Consumers / 32);
+        barrier_init(x_empty + 8 * slot, Tile::Consumers);
       }
       barrier_init_fence();
     }

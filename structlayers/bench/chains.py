@@ -6,7 +6,6 @@ call, after the L2 was flushed. Rows go to a JSON-lines file, which a later run 
 """
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,16 +47,23 @@ from structlayers.bench.sweep import (
     lost_context,
     machine_of,
 )
-from structlayers.bench.timing import Timing, TimingPlan, copies_beyond_cache, in_turn, time_interleaved
+from structlayers.bench.timing import (
+    LARGEST_SMALL_BATCH,
+    TIMINGS,
+    Timing,
+    TimingPlan,
+    call_to_time,
+    make_room,
+    release_memory,
+    takes_turns,
+    time_interleaved,
+    way_of_timing,
+)
 from structlayers.bench.tune import DTYPES
 from structlayers.bench.verify import agreement
 from structlayers.errors import BackendError, ChainError, ConfigError, DataError
 from structlayers.problem import Layout
 from structlayers.tolerances import tolerance
-
-EAGER, GRAPH, IN_TURN = "eager call, L2 flushed", "graph replay, L2 flushed", "graph replay, weights in turn"
-ON_CPU = {EAGER: "eager call", GRAPH: "eager call", IN_TURN: "calls in turn, weights in turn"}
-_LARGEST_SMALL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,7 @@ class ChainConditions:
     seed: int = 0
 
     def how(self, n: int) -> str:
-        how = EAGER if self.timing == "eager" else IN_TURN if n <= _LARGEST_SMALL_BATCH else GRAPH
-        return how if self.device.type == "cuda" else ON_CPU[how]
+        return way_of_timing(self.device, self.timing, n)
 
 
 def default_contenders(case: ChainCase, suite: str) -> list[str]:
@@ -79,7 +84,7 @@ def default_contenders(case: ChainCase, suite: str) -> list[str]:
     if suite == "frozen":
         return [DENSE, FROZEN]
     names = [DENSE, "bmm", UNFUSED, PLANNED, FROZEN]
-    if suite != "sweep" and case.n > _LARGEST_SMALL_BATCH:
+    if suite != "sweep" and case.n > LARGEST_SMALL_BATCH:
         names.insert(2, EINSUM_COMPILED)
     return [*names, DENSE_FACTOR] if case.dtype in ("float32", "tf32") else names
 
@@ -97,9 +102,7 @@ def _time_chain(
     case: ChainCase, contenders: Sequence[str], conditions: ChainConditions, energy: EnergyColumn | None
 ) -> list[Result]:
     device, layout, chain, n = conditions.device, Layout(case.layout), case.chain, case.n
-    if device.type == "cuda" and 2 * torch.cuda.memory_reserved(device) > torch.cuda.mem_get_info(device)[1]:
-        # What the graphs of earlier cases held lies in pools of their own, and no allocation in a capture can free it.
-        _release_memory(device)
+    make_room(device)
     first = layout is Layout.BATCH_FIRST
     generator = torch.Generator(device).manual_seed(conditions.seed)
     draw = partial(torch.randn, generator=generator, dtype=DTYPES[case.dtype], device=device)
@@ -122,13 +125,16 @@ def _time_chain(
                 call = partial(made.call, x)
                 result.peak_memory_bytes, _ = peak_memory(call, device)
                 single[name] = call
-                calls[name] = _call_to_time(result, made, x, conditions, n)
+                read = made.weight_bytes if made.read_bytes is None else made.read_bytes
+                calls[name], result.copies = call_to_time(
+                    conditions.how(n), call, partial(_copied_call, made, x), read, device
+                )
         except Exception as error:  # out of memory, no kernels, a launch that failed: the row says which
             result.status, result.reason = FAILED, describe_error(error)
-            _release_memory(device)
+            release_memory(device)
     by_name = {result.contender: result for result in results}
     # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
-    plan = replace(conditions.plan, flush_by="read") if _takes_turns(conditions, n) else conditions.plan
+    plan = replace(conditions.plan, flush_by="read") if takes_turns(conditions.how(n)) else conditions.plan
     for name, timing in time_interleaved(calls, device, plan).items():
         result = by_name[name]
         if not isinstance(timing, Timing):
@@ -156,26 +162,8 @@ def _check(result: Result, made: ChainCall, x: Tensor, rows: Tensor, expected: T
     result.status = DISAGREES if result.reason else TIMED
 
 
-def _takes_turns(conditions: ChainConditions, n: int) -> bool:
-    return conditions.how(n) in (IN_TURN, ON_CPU[IN_TURN])
-
-
-def _call_to_time(
-    result: Result, made: ChainCall, x: Tensor, conditions: ChainConditions, n: int
-) -> Callable[[], object]:
-    call = partial(made.call, x)
-    if not _takes_turns(conditions, n):
-        return in_turn([call], conditions.device) if conditions.how(n) == GRAPH else call
-    read = made.weight_bytes if made.read_bytes is None else made.read_bytes
-    result.copies = copies_beyond_cache(read, conditions.device)
-    copies = [made, *(made.copy() for _ in range(result.copies - 1))]
-    return in_turn([partial(each.call, x) for each in copies], conditions.device)
-
-
-def _release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _copied_call(made: ChainCall, x: Tensor) -> Callable[[], object]:
+    return partial(made.copy().call, x)
 
 
 def floor_ms(case: ChainCase, roofline: Roofline) -> float:
@@ -204,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=[], help="instead of the suite's")
     add("--layouts", nargs="+", choices=[layout.value for layout in Layout], default=["batch_first"])
     add("--contenders", nargs="+", default=[], choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
-    add("--timing", choices=("graph", "eager"), default="graph", help="eager: with what the host needs for a call")
+    add("--timing", choices=TIMINGS, default="graph", help="eager: with what the host needs for a call")
     add("--most-features", type=int, default=2**31, help="leave wider chains out, on a small machine")
     add("--plot", type=Path, help="write a PNG of the rows over width and batch")
     add("--summary", action="store_true", help="only print the table of the rows in the file")

@@ -11,6 +11,7 @@ from structlayers.bench.grid import neighbour
 from structlayers.bench.jsonl import append_lines, compact, read_lines
 from structlayers.bench.products import DENSE, DENSE_BUILT
 from structlayers.bench.results import Result
+from structlayers.bench.timing import EAGER
 from structlayers.patterns import Pattern
 
 # What the kernels are measured against: the best of what PyTorch offers.
@@ -44,12 +45,13 @@ class KernelRow:
     idle_power_w: float | None = None
     busy: str | None = None  # why the timings are doubtful
     command: str | None = None
+    timing: str = EAGER  # as of older rows
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
     def case(self) -> tuple[object, ...]:
         """What makes two rows the same measurement."""
-        return (self.pattern, self.n, self.dtype, self.layout, self.tuned)
+        return (self.pattern, self.n, self.dtype, self.layout, self.tuned, self.timing)
 
     def result(self, contender: str) -> Result | None:
         return next((result for result in self.results if result.contender == contender), None)

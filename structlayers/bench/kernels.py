@@ -1,8 +1,9 @@
 """Time the product with one factor by every backend: ``python -m structlayers.bench.kernels [options]``.
 
-Every output is checked against the float64 oracle first. Rows go to a JSON-lines file; cases that are in it already are
-skipped, so that a long sweep can be run in pieces (``--minutes``). At the end, or with ``--summary`` alone, what the
-rows amount to.
+Every output is checked against the float64 oracle first. A captured graph is replayed, so that the host takes no part:
+up to a batch of 64 with copies of the weights in turn, so that they come from memory; else after the L2 was flushed.
+Rows go to a JSON-lines file; cases that are in it already are skipped, so that a long sweep can be run in pieces
+(``--minutes``). At the end, or with ``--summary`` alone, what the rows amount to.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from structlayers.bench.sweep import (
     lost_context,
     machine_of,
 )
-from structlayers.bench.timing import TimingPlan
+from structlayers.bench.timing import TIMINGS, TimingPlan, way_of_timing
 from structlayers.bench.tune import DTYPES, problems_of, tune
 from structlayers.errors import BackendError, ChainError, ConfigError, DataError
 from structlayers.patterns import Pattern
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DEFAULT_DTYPES))
     add("--layouts", nargs="+", choices=DEFAULT_LAYOUTS, default=list(DEFAULT_LAYOUTS))
     add("--backends", nargs="+", default=[], help="contenders instead of all; dense has its weight built beforehand")
+    add("--timing", choices=TIMINGS, default="graph", help="eager: with what the host needs for a call")
     add("--tiles", action="store_true", help="also every compiled tile by itself")
     add("--tune", action="store_true", help="first measure cases that the tuning cache does not have, and store them")
     add("--cache", type=Path, help="the tuning cache file (default: the user's)")
@@ -107,7 +109,9 @@ def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterato
         contenders = options.backends or contenders_for(problem, options.tiles)
         dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
         a, b, c, d = problem.pattern
-        if done.get(((a, b, c, d), problem.n, dtype, problem.layout.value, options.tune), set()) >= set(contenders):
+        way = way_of_timing(device, options.timing, problem.n)
+        case = ((a, b, c, d), problem.n, dtype, problem.layout.value, options.tune, way)
+        if done.get(case, set()) >= set(contenders):
             continue
         if options.tune and tuning.lookup(problem) is None:
             tune([problem], options.cache)
@@ -121,7 +125,8 @@ def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterato
             floor_ms=roofline.floor_ms(
                 problem.pattern.bytes(problem.n, problem.dtype.itemsize), problem.pattern.flops(problem.n)
             ),
-            results=time_product(problem, contenders, plan, energy=energy),
+            results=time_product(problem, contenders, plan, energy=energy, timing=options.timing),
+            timing=way,
             copy_gb_per_s=roofline.copy_gb_per_s,
             matmul_gflop_per_s=roofline.matmul_gflop_per_s,
             commit=_text(machine["commit"]),

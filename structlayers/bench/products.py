@@ -1,8 +1,8 @@
 """Every way to compute one product with one factor, checked against the float64 oracle and timed in turns."""
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +16,16 @@ from structlayers.bench.compare import describe_error
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.results import Result
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED
-from structlayers.bench.timing import Timing, TimingPlan, time_interleaved
+from structlayers.bench.timing import (
+    Timing,
+    TimingPlan,
+    call_to_time,
+    make_room,
+    release_memory,
+    takes_turns,
+    time_interleaved,
+    way_of_timing,
+)
 from structlayers.bench.verify import agreement
 from structlayers.errors import BackendError
 from structlayers.ops import ks_linear
@@ -76,20 +85,24 @@ def time_product(
     plan: TimingPlan,
     seed: int = 0,
     energy: EnergyColumn | None = None,
+    timing: str = "graph",
 ) -> list[Result]:
     """Check and time ``contenders`` on random data, in their order; one that fails or disagrees gets no time.
 
     Runs under the float32 precision that ``problem`` names. With ``energy`` those that were timed get their joules.
+    ``timing`` as in :func:`way_of_timing`.
     """
     with float32_precision(problem.tf32):
-        return _time_product(problem, contenders, plan, seed, energy)
+        return _time_product(problem, contenders, plan, seed, energy, timing)
 
 
 def _time_product(
-    problem: Problem, contenders: Sequence[str], plan: TimingPlan, seed: int, energy: EnergyColumn | None
+    problem: Problem, contenders: Sequence[str], plan: TimingPlan, seed: int, energy: EnergyColumn | None, timing: str
 ) -> list[Result]:
     first = problem.layout is Layout.BATCH_FIRST
     device = torch.device(problem.device_type, problem.device_index)
+    way = way_of_timing(device, timing, problem.n)
+    make_room(device)
     generator = torch.Generator(device).manual_seed(seed)
     pattern, n = problem.pattern, problem.n
     draw = partial(torch.randn, generator=generator, dtype=problem.dtype, device=device)
@@ -100,7 +113,9 @@ def _time_product(
     expected = reference((x[rows] if first else x[:, rows].T).double(), weight.double())
     bound = tolerance(problem.dtype, pattern.c, float32_precision=torch.get_float32_matmul_precision())
 
-    results, calls = [], {}
+    results: list[Result] = []
+    single: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name in contenders:
         results.append(result := Result(name))
         try:
@@ -111,28 +126,33 @@ def _time_product(
             call = _build(name, problem, x, weight, result)
             _poison((n, pattern.out_features), problem.dtype, device)
             y = call()
-            found = agreement(y[rows] if first else y[:, rows].T, expected, bound)
-            result.error = found.error if found.error == found.error else None
-            result.reason = found.reason
+            compared = agreement(y[rows] if first else y[:, rows].T, expected, bound)
+            result.error = compared.error if compared.error == compared.error else None
+            result.reason = compared.reason
             if not result.reason and not torch.isfinite(y.sum(dtype=torch.float32)):
                 result.reason = "an output outside the rows compared is NaN or infinite"
             result.status = DISAGREES if result.reason else TIMED
             if result.status == TIMED:
-                calls[name] = call
+                single[name] = call
+                read = weight.nbytes if name != DENSE else pattern.in_features * pattern.out_features * weight.itemsize
+                calls[name], result.copies = call_to_time(
+                    way, call, partial(_build_copy, name, problem, x, weight), read, device
+                )
             del y
         except Exception as error:  # out of memory, an unsupported dtype, a launch that failed: the row says which
             result.status, result.reason = FAILED, describe_error(error)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    for name, timing in time_interleaved(calls, device, plan).items():
+            release_memory(device)
+    if takes_turns(way):
+        # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
+        plan = replace(plan, flush_by="read")
+    for name, found in time_interleaved(calls, device, plan).items():
         result = next(r for r in results if r.contender == name)
-        if not isinstance(timing, Timing):
-            result.status, result.reason = FAILED, describe_error(timing)
+        if not isinstance(found, Timing):
+            result.status, result.reason = FAILED, describe_error(found)
             continue
-        result.set_timing(timing)
+        result.set_timing(found.per_call(result.copies or 1))
     if energy is not None:
-        fill_energy(results, calls, n, energy)
+        fill_energy(results, calls if takes_turns(way) else single, n, energy)
     return results
 
 
@@ -152,7 +172,7 @@ def fill_energy(
         if not _is_own(result.contender) and result.p50_ms > limit:
             result.energy_reason = f"not measured: more than {_HOPELESSLY_SLOW} times the time of another"
         else:
-            energy.fill(result, calls[result.contender], n)
+            energy.fill(result, calls[result.contender], n, calls=result.copies)
 
 
 def _is_own(contender: str) -> bool:
@@ -180,6 +200,10 @@ def _build(name: str, problem: Problem, x: Tensor, weight: Tensor, result: Resul
     if result.resolved == "cuda":
         result.tile = cuda.tile_of(problem).name
     return lambda: ks_linear(x, weight, layout=problem.layout, backend=backend)
+
+
+def _build_copy(name: str, problem: Problem, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return _build(name, problem, x, weight.clone(), Result(name))
 
 
 def _hopeless(name: str, problem: Problem) -> str:

@@ -10,6 +10,25 @@ import torch
 
 from structlayers.errors import ConfigError
 
+# Ways of timing a call; what rows say of it.
+EAGER, GRAPH, IN_TURN = "eager call, L2 flushed", "graph replay, L2 flushed", "graph replay, weights in turn"
+ON_CPU = {EAGER: "eager call", GRAPH: "eager call", IN_TURN: "calls in turn, weights in turn"}
+TIMINGS = ("graph", "eager")
+LARGEST_SMALL_BATCH = 64
+
+
+def way_of_timing(device: torch.device, timing: str, n: int) -> str:
+    """How a product with a batch of ``n`` is timed. ``timing``: "graph", or "eager", where the host's part counts."""
+    if timing not in TIMINGS:
+        raise ConfigError(f"timing = {timing!r}: expected one of {', '.join(TIMINGS)}")
+    way = EAGER if timing == "eager" else IN_TURN if n <= LARGEST_SMALL_BATCH else GRAPH
+    return way if device.type == "cuda" else ON_CPU[way]
+
+
+def takes_turns(way: str) -> bool:
+    """Whether every sample calls several times, with copies of the weights."""
+    return way in (IN_TURN, ON_CPU[IN_TURN])
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -126,6 +145,38 @@ def in_turn(calls: Sequence[Callable[[], object]], device: torch.device) -> Call
             finally:
                 graph.capture_end()
     return graph.replay
+
+
+def call_to_time(
+    way: str,
+    call: Callable[[], object],
+    copy: Callable[[], Callable[[], object]],
+    read_bytes: int,
+    device: torch.device,
+) -> tuple[Callable[[], object], int | None]:
+    """What is sampled to time ``call`` that ``way``, and how many calls it makes, or None for one.
+
+    ``copy()`` gives the same call with weights of its own; ``read_bytes`` are those that a call reads of them.
+    """
+    if takes_turns(way):
+        count = copies_beyond_cache(read_bytes, device)
+        return in_turn([call, *(copy() for _ in range(count - 1))], device), count
+    return (in_turn([call], device) if way == GRAPH else call), None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the allocator holds and nothing uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_room(device: torch.device) -> None:
+    """Release memory where most of the GPU's is held: graphs of earlier cases keep theirs in pools of their own, which
+    no allocation in a capture can free.
+    """
+    if device.type == "cuda" and 2 * torch.cuda.memory_reserved(device) > torch.cuda.mem_get_info(device)[1]:
+        release_memory(device)
 
 
 @contextmanager

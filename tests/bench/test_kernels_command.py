@@ -85,7 +85,7 @@ def test_two_patterns_on_a_cpu(tmp_path, capsys):
     command(out, *TWO)
     rows = read_rows(out)
     assert [row.case for row in rows] == [
-        (pattern, 130, dtype, layout, False)
+        (pattern, 130, dtype, layout, False, "eager call")
         for dtype in ("float32", "bfloat16")
         for layout in ("batch_first", "batch_last")
         for pattern in ((1, 4, 6, 2), (2, 6, 3, 1))

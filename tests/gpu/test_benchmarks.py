@@ -6,12 +6,12 @@ import torch
 from structlayers import Chain, KSLinear
 from structlayers.bench import chain_training
 from structlayers.bench.chain_cases import ChainCase
-from structlayers.bench.chains import EAGER, GRAPH, ChainConditions, time_chain
+from structlayers.bench.chains import ChainConditions, time_chain
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.models import Graphed, ModelSweep, random_input, time_model
 from structlayers.bench.nvml import device_state
 from structlayers.bench.results import Result
-from structlayers.bench.timing import TimingPlan, in_turn
+from structlayers.bench.timing import EAGER, GRAPH, TimingPlan, in_turn
 from structlayers.bench.training_step import CONTENDERS, StepCase, time_step
 from structlayers.surgery import swap_linears
 
