@@ -12,7 +12,7 @@ import torch
 
 from structlayers.backends.bmm import group_size
 from structlayers.backends.fused import HOPPER_SMS, PairProblem, choose_pair_tile, rounds_of
-from structlayers.backends.tiles import SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
+from structlayers.backends.tiles import L2_BYTES, SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
@@ -86,13 +86,13 @@ class GpuRates:
     cuda_last: float
 
 
-# Measured on one H200, torch 2.11, at n = 25,088 over a sample of the grid of arXiv:2405.15013: the best matrix product
-# over several shapes, and what the compiled kernels reach where arithmetic and operand loads bind them. Only ratios
-# matter for the choice.
+# Torch 2.11, n = 25,088, a sample of the grid of arXiv:2405.15013: the best matrix product over several shapes (16-bit:
+# one H100), and what the compiled kernels reach where arithmetic and operand loads bind them (one H200, whose copy rate
+# this is). Only ratios matter for the choice.
 COPY_BYTES_PER_S = 4.2e12
 CALL_S = 5e-6
 GPU_RATES = {
-    "16bit": GpuRates(matmul=7.0e14, cuda_first=1.05e14, cuda_last=2.5e14),
+    "16bit": GpuRates(matmul=8.0e14, cuda_first=1.05e14, cuda_last=2.5e14),
     "tf32": GpuRates(matmul=3.0e14, cuda_first=5.0e13, cuda_last=7.5e13),
     "float32": GpuRates(matmul=5.0e13, cuda_first=2.8e13, cuda_last=4.2e13),
 }
@@ -103,15 +103,18 @@ CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE, BMM_FAR_SHARE = 0.6, 0.7, 0.16, 0.085
 SMALL_BLOCKS_SHARE, ELEMENTS_SHARE = 0.27, 0.05
 # What the wgmma tiles move between the L2 and the SMs, counted as in `_kernel_s`.
 WGMMA_BYTES_PER_S = 5.0e12
-# The same for the tiles whose operands go to registers, fitted by hand to 23 patterns, d = 4, 8 and 16 (0.84 to 1.15
-# times what was measured): what bounds them while the weights stay in shared memory, and while they stream.
-REGISTERS_SHARE = 0.85
+# The same for the tiles whose operands go to registers, by hand from 80 patterns of the paper's grid on one H100: what
+# bounds them while the weights stay in shared memory, and while they stream.
+REGISTERS_SHARE = 0.68
 REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
-REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 6.5e12, 9.0e12
-# The float32 tiles whose operands go to registers: the share of the copy rate that they reach, and the seconds of a
+REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 5.2e12, 7.2e12
+# Where the weights are larger than the L2, they come from memory for every tile of the batch.
+REGISTERS_BEYOND_L2_BYTES_PER_S = 6.0e12
+# The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
+# one, which decides at short b and c: 80 patterns on one H100), and the seconds of a
 # step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
 # 300 products with the tiles of before.
-SPLIT_SHARE = 0.58
+SPLIT_SHARE, SPLIT_LAST_SHARE = 0.58, 0.33
 SPLIT_STEP_S = {
     "registers1": (1.3e-6, 0.8e-6),
     "registers2": (2.0e-6, 1.8e-6),
@@ -128,6 +131,9 @@ UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
 # The least time of a 16-bit kernel, and more for every k of a block: what a tile takes where there are few of them. By
 # hand from pairs of kernels of 15 chains at n = 512 on one H100 (0.85 to 1.15 times what was measured).
 KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.4e-8
+# Batch-last, where rows of N are no whole 16-byte pieces of 16 bits: what a dense product reaches, how much longer bmm
+# takes, and the share of the kernel; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
+ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM, ODD_BATCH_SHARE = 1.45e14, 1.55, 0.075
 # bmm with d = 1 where rows of its blocks are no whole 16-byte pieces of 16 bits.
 BMM_ELEMENTS_SHARE = 0.15
 # What float32 products of small blocks reach of the rate of large ones, b, c / (b, c + this): 13, 19, 28 and 45 TFLOP/s
@@ -156,18 +162,25 @@ class SmallBatchCosts:
     # Every byte of the input and the output, and every byte of the input for every 64 values of j.
     row_byte: float
     reread_byte: float = 0.0
+    # Every k of a block's rows.
+    k: float = 0.0
 
 
 # Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
-# non-negative least squares on relative errors to 18 Monarch chains (256 to 8,192 features, 4 to 64 blocks) at batches
-# of 1, 8, 16 and 64, bfloat16: graph replays on one H100, weights from memory (0.5 to 1.4 times what was measured; the
-# cheapest of two factors, cuBLAS and one kernel on the whole matrix takes 1.01 times, at worst 1.2, what the best of
-# them does). A call of bmm holds the 1.9 us that its neighbours lose: they can no longer begin before it ends.
+# non-negative least squares on relative errors to graph replays on one H100, bfloat16, weights from memory: "cuda" and
+# "bmm" to 18 Monarch chains (256 to 8,192 features, 4 to 64 blocks) at batches of 1, 8, 16 and 64 (0.5 to 1.4 times
+# what was measured); factors that are one block to 197 (dense, 0.8 to 1.2) and 76 ("whole", 0.86 to 1.14) layers of 256
+# to 8,192 features at 1 and 64. A call of bmm holds the 1.9 us that its neighbours lose: they can no longer begin
+# before it ends.
 SMALL_BATCH_COSTS = {
     "cuda": SmallBatchCosts(2.2e-6, 0.9e-6, 0.40e-12, 1.87e-12, 0.46e-12),
-    "dense": SmallBatchCosts(3.1e-6, 0.0, 0.335e-12, 0.0),
+    "whole": SmallBatchCosts(2.6e-6, 0.0, 0.35e-12, 6.8e-12, k=0.42e-9),
+    "dense": SmallBatchCosts(3.0e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
     "bmm": SmallBatchCosts(4.6e-6, 4.2e-6, 0.37e-12, 0.28e-12),
 }
+# The arithmetic of float32 products by cuBLAS, which counts beside the weights for more than one row: 16 rows of
+# (24,768,768,4) take 224 us, one row 84.
+SMALL_BATCH_FLOAT32_FLOP_PER_S = 1.4e13
 # Rows of weights that are not whole 16-byte pieces come element by element; not measured.
 SMALL_BATCH_ELEMENTS = 4
 
@@ -175,14 +188,16 @@ SMALL_BATCH_ELEMENTS = 4
 def small_batch_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of a product with few rows on a GPU; dense only of a factor that is one block."""
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
-    costs = SMALL_BATCH_COSTS[name]
+    costs = SMALL_BATCH_COSTS["whole" if name == "cuda" and pattern.n_blocks == 1 else name]
     if name == "cuda" and choose_tile(problem).name == SMALL_BLOCKS:
         return costs.call + pattern.bytes(n, itemsize) / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     read, written = n * pattern.in_features * itemsize, n * pattern.out_features * itemsize
     weights = pattern.nnz * itemsize
     if name == "cuda" and pattern.c * itemsize % 16:
         weights *= SMALL_BATCH_ELEMENTS
-    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written)
+    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
+    if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
+        seconds += pattern.flops(n) / SMALL_BATCH_FLOAT32_FLOP_PER_S
     if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
         seconds += costs.interleaved
     return seconds + costs.reread_byte * read * pattern.b / 64
@@ -195,14 +210,17 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
     rates, traffic = _gpu_rates(problem.dtype, problem.tf32), pattern.bytes(n, itemsize)
     last = problem.layout is Layout.BATCH_LAST
+    odd_batch = last and itemsize == 2 and n % 8 != 0
     if name == "dense":
         elements = pattern.in_features * pattern.out_features
+        arithmetic = 2 * n * elements / (ODD_BATCH_FLOP_PER_S if odd_batch else rates.matmul)
         if pattern.n_blocks == 1:
-            return CALL_S + max(traffic / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
+            return CALL_S + max(traffic / COPY_BYTES_PER_S / BMM_SHARE, arithmetic)
         # The dense weight is filled with zeros, given its values and read.
         moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
-        return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, 2 * n * elements / rates.matmul)
+        return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, arithmetic)
     if name == "bmm":
+        traffic = round(traffic * (ODD_BATCH_BMM if odd_batch else 1))
         smallest = min(pattern.b, pattern.c)
         small = 1 + BMM_FLOAT32_HALF_RATE / smallest if itemsize == 4 and not problem.tf32 else 1
         arithmetic = max(pattern.flops(n) / rates.matmul * small, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
@@ -231,18 +249,22 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
             flop_per_s = min(flop_per_s, UNALIGNED_STREAMED_FLOP_PER_S)
         return max(traffic / COPY_BYTES_PER_S / UNALIGNED_SHARE, problem.pattern.flops(problem.n) / flop_per_s)
     if not whole:
-        return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
+        share = ODD_BATCH_SHARE if last and problem.dtype.itemsize == 2 else ELEMENTS_SHARE
+        return traffic / COPY_BYTES_PER_S / share
     if tile.splits_weights:
         # Steps are those of csrc/float32_registers.cuh (XK); a tile also takes about one to begin and end.
         tiles = -(-problem.n // tile.rows) * problem.pattern.a * -(-d // tile.run) * -(-b // tile.columns)
         steps = 1 + -(-c // (32 if tile.run <= 2 else 16))
         step_s = SPLIT_STEP_S[tile.name][problem.tf32]
-        return max(traffic / COPY_BYTES_PER_S / SPLIT_SHARE, -(-tiles // HOPPER_SMS) * steps * step_s)
+        share = SPLIT_LAST_SHARE if last else SPLIT_SHARE
+        return max(traffic / COPY_BYTES_PER_S / share, -(-tiles // HOPPER_SMS) * steps * step_s)
     if tile.registers:
         # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
         resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES
         moved = c * -(-b // tile.columns) + (0 if resident else b * c / tile.rows) + b
         rate = REGISTERS_RESIDENT_BYTES_PER_S if resident else REGISTERS_STREAMED_BYTES_PER_S
+        if problem.pattern.nnz * problem.dtype.itemsize > L2_BYTES:
+            rate = min(rate, REGISTERS_BEYOND_L2_BYTES_PER_S)
         # Runs of 32 bytes of longer rows come one by one.
         whole_rows = 1.0 if d == tile.run else REGISTERS_SHORT_RUNS
         return traffic * max(1 / COPY_BYTES_PER_S / REGISTERS_SHARE, moved / (b + c) / rate) / whole_rows
@@ -256,9 +278,9 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     return max(traffic / COPY_BYTES_PER_S / CUDA_SHARE, padded / (rates.cuda_last if last else rates.cuda_first))
 
 
-# A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, as
-# fitted to the five pairs of csrc/NOTES.md (0.8 to 1.2 times what was measured).
-PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S = 0.75, 0.6, 2.0e9
+# A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, by
+# hand from 26 pairs of 256 to 8,192 features at n = 25,088 on one H100 (0.7 to 1.23 times what was measured).
+PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S = 0.58, 0.6, 1.6e9
 # What a tile costs a cluster of two besides, by one pair on one H100: (1,16,16,64)(16,64,64,1) takes 94 us.
 PAIR_OF_CTAS_CYCLES = 20_000
 

@@ -20,7 +20,7 @@ from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.kernel_rows import HEADER, KernelRow, append_row, line, read_rows, summary
 from structlayers.bench.machine import measure_roofline
 from structlayers.bench.overhead import overhead_table
-from structlayers.bench.products import check_contender, contenders_for, time_product
+from structlayers.bench.products import check_contender, contenders_for, time_product, way_of_product
 from structlayers.bench.sweep import (
     LOST_CONTEXT,
     Deadline,
@@ -33,7 +33,7 @@ from structlayers.bench.sweep import (
     lost_context,
     machine_of,
 )
-from structlayers.bench.timing import TIMINGS, TimingPlan, way_of_timing
+from structlayers.bench.timing import TIMINGS, TimingPlan
 from structlayers.bench.tune import DTYPES, problems_of, tune
 from structlayers.errors import BackendError, ChainError, ConfigError, DataError
 from structlayers.patterns import Pattern
@@ -109,7 +109,7 @@ def measure(problems: Sequence[Problem], options: argparse.Namespace) -> Iterato
         contenders = options.backends or contenders_for(problem, options.tiles)
         dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
         a, b, c, d = problem.pattern
-        way = way_of_timing(device, options.timing, problem.n)
+        way = way_of_product(problem, options.timing)
         case = ((a, b, c, d), problem.n, dtype, problem.layout.value, options.tune, way)
         if done.get(case, set()) >= set(contenders):
             continue

@@ -56,6 +56,12 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def way_of_product(problem: Problem, timing: str) -> str:
+    """:func:`way_of_timing` of a product with one factor."""
+    device = torch.device(problem.device_type, problem.device_index)
+    return way_of_timing(device, timing, problem.n, problem.pattern.bytes(problem.n, problem.dtype.itemsize))
+
+
 def contenders_for(problem: Problem, tiles: bool = False) -> list[str]:
     """Everything that ``auto`` may choose, ``auto`` itself, a dense layer, and with ``tiles`` every compiled tile."""
     names = ["einsum", "bmm", DENSE, DENSE_BUILT]
@@ -101,7 +107,7 @@ def _time_product(
 ) -> list[Result]:
     first = problem.layout is Layout.BATCH_FIRST
     device = torch.device(problem.device_type, problem.device_index)
-    way = way_of_timing(device, timing, problem.n)
+    way = way_of_product(problem, timing)
     make_room(device)
     generator = torch.Generator(device).manual_seed(seed)
     pattern, n = problem.pattern, problem.n

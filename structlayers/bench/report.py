@@ -228,7 +228,7 @@ def _energy(found: ResultFiles) -> list[Block]:
         return []
     blocks: list[Block] = [Heading("Energy")]
     if reasons:
-        blocks.append(Text(f"Not measured where the counter could not be read: {'; '.join(reasons)}."))
+        blocks.append(Text(f"Where no energy stands: {'; '.join(reasons)}."))
     if not measured:
         return blocks
     idle = [row.idle_power_w for row in found.rows if row.idle_power_w is not None]

@@ -157,7 +157,7 @@ def test_unreadable_lines_and_failed_rows_are_told(files, tmp_path):
     assert "## What was not timed, and why" in markdown
     assert "OutOfMemoryError: CUDA out of memory" in markdown
     assert "line 7: not a benchmark row" in markdown and "line 9: not a benchmark row" in markdown
-    assert "Not measured where the counter could not be read: no counter." in markdown
+    assert "Where no energy stands: no counter." in markdown
 
 
 def test_mistakes_end_in_one_line(tmp_path):
