@@ -102,7 +102,7 @@ CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE, BMM_FAR_SHARE = 0.6, 0.7, 0.16, 0.085
 # The same for the kernel of small blocks, and where runs or rows are not whole 16-byte pieces.
 SMALL_BLOCKS_SHARE, ELEMENTS_SHARE = 0.27, 0.05
 # What the wgmma tiles move between the L2 and the SMs, counted as in `_kernel_s`.
-WGMMA_BYTES_PER_S = 5.0e12
+WGMMA_BYTES_PER_S = 4.0e12
 # The same for the tiles whose operands go to registers, by hand from 80 patterns of the paper's grid on one H100: what
 # bounds them while the weights stay in shared memory, and while they stream.
 REGISTERS_SHARE = 0.68
@@ -188,14 +188,19 @@ SMALL_BATCH_ELEMENTS = 4
 def small_batch_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of a product with few rows on a GPU; dense only of a factor that is one block."""
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
-    costs = SMALL_BATCH_COSTS["whole" if name == "cuda" and pattern.n_blocks == 1 else name]
+    if pattern.n_blocks == 1:
+        # bmm is then what dense is, behind a longer call.
+        extra = SMALL_BATCH_COSTS["bmm"].call - SMALL_BATCH_COSTS["dense"].call if name == "bmm" else 0.0
+        costs = SMALL_BATCH_COSTS["whole" if name == "cuda" else "dense"]
+    else:
+        extra, costs = 0.0, SMALL_BATCH_COSTS[name]
     if name == "cuda" and choose_tile(problem).name == SMALL_BLOCKS:
         return costs.call + pattern.bytes(n, itemsize) / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     read, written = n * pattern.in_features * itemsize, n * pattern.out_features * itemsize
     weights = pattern.nnz * itemsize
     if name == "cuda" and pattern.c * itemsize % 16:
         weights *= SMALL_BATCH_ELEMENTS
-    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
+    seconds = extra + costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
     if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
         seconds += pattern.flops(n) / SMALL_BATCH_FLOAT32_FLOP_PER_S
     if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
