@@ -4,6 +4,7 @@
 #include "float32_tile.cuh"
 #include "split.cuh"
 #include "tile.cuh"
+#include "wgmma.cuh"
 
 namespace structlayers {
 
