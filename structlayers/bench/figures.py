@@ -153,6 +153,10 @@ def energy_over_time(points: Mapping[str, Sequence[tuple[float, float]]], idle_w
     return figure
 
 
+# What a variant of a model is called in its rows ("structure") where its weights are those of the dense model.
+_DENSE_WEIGHTS = ("dense", "one factor")
+
+
 def model_split(splits: Sequence[tuple[str, float, float]]) -> Any | None:
     """Latency of whole models, the part of their linears and the rest: (label, linear ms, other ms) each."""
     if not splits:
@@ -164,16 +168,16 @@ def model_split(splits: Sequence[tuple[str, float, float]]) -> Any | None:
     linear = [time for _, time, _ in splits]
     axis.barh(places, linear, left=[other for *_, other in splits], color="#0072b2", label="linears replaced")
     axis.set_yticks(places, [label for label, *_ in splits], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(splits) - 0.4, -0.6)
     axis.set_xlabel("milliseconds")
     axis.legend(fontsize=8)
     return figure
 
 
 def model_speedups(rows: Sequence[Row]) -> Any | None:
-    """Times faster than dense in the same mode, a bar for each structured variant."""
+    """Times faster than dense in the same mode, a bar for each variant, those of dense weights in grey."""
     found = [
-        (f"{row.case}, {row.variant}, {row.dtype}, batch {row.batch}", row.speedup)
+        (f"{row.case}, {row.variant}, {row.dtype}, batch {row.batch}", row.speedup, row.structure in _DENSE_WEIGHTS)
         for row in rows
         if row.speedup is not None and row.variant != row.baseline and row.structure != "free"
     ]
@@ -181,9 +185,13 @@ def model_speedups(rows: Sequence[Row]) -> Any | None:
         return None
     figure = new_figure(11, 0.9 + 0.3 * len(found))
     axis = figure.subplots()
-    axis.barh(range(len(found)), [ratio for _, ratio in found], color="#0072b2")
-    axis.set_yticks(range(len(found)), [label for label, _ in found], fontsize=8)
-    axis.invert_yaxis()
+    for dense, color, label in ((False, "#0072b2", "structured"), (True, "#999999", "dense weights")):
+        kind = [(place, ratio) for place, (_, ratio, is_dense) in enumerate(found) if is_dense is dense]
+        if kind:
+            axis.barh(*zip(*kind, strict=True), color=color, label=label)
+    axis.set_yticks(range(len(found)), [label for label, *_ in found], fontsize=8)
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.legend(fontsize=8)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xlabel("times faster than dense in the same mode")
     return figure
