@@ -29,22 +29,29 @@ bool make_pair_register_maps(const Pair& p, bool flat_x, PairRegisterMaps& maps)
               {{p.groups == 1 ? p.out_features : group_features, 1, RowK}, {p.groups, group_features, 1}, {p.n, p.y_stride, Rows}});
 }
 
-template <typename Tile>
-cudaError_t start_pair_registers(const Pair& p, int parts, cudaStream_t stream) {
-  constexpr auto Kernel = pair_registers_kernel<Tile>;
+template <typename Tile, bool Parts>
+cudaError_t start_pair_registers(const Pair& p, const PairRegisterCut& cut, cudaStream_t stream) {
+  constexpr auto Kernel = pair_registers_kernel<Tile, Parts>;
   if (const cudaError_t error = allow_shared_bytes<Kernel>(Tile::SharedBytes); error != cudaSuccess) return error;
-  const bool flat_x = p.in_features != int64_t{p.groups} * p.alpha * p.c;
   PairRegisterMaps maps;
-  if (parts < 1 || !make_pair_register_maps<Tile>(p, flat_x, maps)) return cudaErrorInvalidValue;
-  // Whole chunks of J in every part, and no empty part.
-  const int chunks = (p.b + Tile::J - 1) / Tile::J, part_chunks = (chunks + parts - 1) / parts;
-  const PairRegisterCut cut{(chunks + part_chunks - 1) / part_chunks, part_chunks * Tile::J, flat_x};
+  if (!make_pair_register_maps<Tile>(p, cut.flat_x, maps)) return cudaErrorInvalidValue;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.n, Tile::Rows) * p.groups * cut.parts, multiprocessors())));
+  const int64_t units = ceil_div(p.n, Tile::Rows) * p.groups * cut.parts;
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(units, multiprocessors())));
   config.blockDim = dim3(Tile::Threads);
   config.dynamicSmemBytes = Tile::SharedBytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, Kernel, maps, p, cut);
+}
+
+template <typename Tile>
+cudaError_t start_pair_registers(const Pair& p, int parts, cudaStream_t stream) {
+  if (parts < 1) return cudaErrorInvalidValue;
+  // Whole chunks of J in every part, and no empty part.
+  const int chunks = (p.b + Tile::J - 1) / Tile::J, part_chunks = (chunks + parts - 1) / parts;
+  const bool flat_x = p.in_features != int64_t{p.groups} * p.alpha * p.c;
+  const PairRegisterCut cut{(chunks + part_chunks - 1) / part_chunks, part_chunks * Tile::J, flat_x};
+  return cut.parts == 1 ? start_pair_registers<Tile, false>(p, cut, stream) : start_pair_registers<Tile, true>(p, cut, stream);
 }
 
 template <typename T>

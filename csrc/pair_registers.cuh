@@ -3,8 +3,8 @@
 //
 // Contract: pair.h; of the pairs, those that pair_fits_registers takes.
 //
-// Index map: a tile is 64 rows n of one group i in one CTA, all j or one part of them. Two warpgroups multiply; each holds all rows and half of the left
-// blocks l. One warp fetches, one writes y. The grid is persistent.
+// Index map: a tile is 64 rows n of one group i in one CTA, all j or one part of them. Two warpgroups multiply; each holds all rows
+// and half of the left blocks l. One warp fetches, one writes y. The grid is persistent.
 //
 //   phase 1, for every right block s:   x_s [n][m]  *  right [l][rho][m]  ->  t[l] [n][k = s*rank + rho]
 //   phase 2, for J values of j:         t[l] [n][k] *  left  [l][j][k]    ->  y [n][j][l]
@@ -52,13 +52,14 @@ struct PairRegisterMaps {
   CUtensorMap x, right, left, y;
 };
 
-// Every part of `part_j` of the j is a unit of its own, which computes t again: for batches whose tiles are fewer than the CTAs.
+// Every part of `part_j` of the j is a unit of its own, which computes t again: for batches whose tiles are fewer than the CTAs. A
+// kernel of its own, since at rank 64 what it knows of its part costs registers that spill.
 struct PairRegisterCut {
   int parts, part_j;
   bool flat_x;  // x is not described by blocks
 };
 
-template <typename Tile>
+template <typename Tile, bool Parts>
 class PairRegisters {
   using T = typename Tile::T;
   static constexpr int LW = Tile::LW, Blocks = Tile::Blocks, J = Tile::J, K = Tile::K;
@@ -71,29 +72,25 @@ class PairRegisters {
 
   const PairRegisterMaps& maps;
   const Pair& p;
-  const bool flat_x;
   const uint32_t shared;
   const uint32_t y_base = shared + Tile::Stages * Tile::StageBytes;
   const uint32_t full = y_base + Tile::YSlots * Tile::YBytes, empty = full + 8 * Tile::Stages;
   const uint32_t y_full = empty + 8 * Tile::Stages, y_empty = y_full + 8 * Tile::YSlots;
   const int x_steps = (p.c + Tile::RowK - 1) / Tile::RowK;
   // A unit is a tile and one part of its j; parts of a tile follow each other, so that they find x in the L2.
-  const int parts, part_j;
+  const PairRegisterCut& cut;
   const unsigned step = gridDim.x, first = blockIdx.x;
-  const unsigned n_units = static_cast<unsigned>((p.n + Tile::Rows - 1) / Tile::Rows) * p.groups * parts;
+  const unsigned n_units = static_cast<unsigned>((p.n + Tile::Rows - 1) / Tile::Rows) * p.groups * (Parts ? cut.parts : 1);
   // The shuffles tell the compiler that a warp agrees on it: descriptors then live in uniform registers.
   const int lane = threadIdx.x % 32, group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
-  struct Unit {
-    int i, n0, j0, j_end;
-  };
-
-  __device__ __forceinline__ Unit unit(unsigned index) const {
-    const unsigned tile = index / parts;
-    const int j0 = static_cast<int>(index % parts) * part_j;
-    return {static_cast<int>(tile % p.groups), static_cast<int>(tile / p.groups) * Tile::Rows, j0, min(p.b, j0 + part_j)};
-  }
+  // Of a unit: the group, the first row, and the values of j.
+  __device__ __forceinline__ unsigned tile_of(unsigned unit) const { return Parts ? unit / cut.parts : unit; }
+  __device__ __forceinline__ int group_of(unsigned unit) const { return static_cast<int>(tile_of(unit) % p.groups); }
+  __device__ __forceinline__ int first_row(unsigned unit) const { return static_cast<int>(tile_of(unit) / p.groups) * Tile::Rows; }
+  __device__ __forceinline__ int first_j(unsigned unit) const { return Parts ? static_cast<int>(unit % cut.parts) * cut.part_j : 0; }
+  __device__ __forceinline__ int end_j(unsigned unit) const { return Parts ? min(p.b, first_j(unit) + cut.part_j) : p.b; }
 
   // ---- the warp that fetches
 
@@ -113,12 +110,12 @@ class PairRegisters {
   __device__ __forceinline__ void fetch() const {
     Ring ring;
     for (unsigned index = first; index < n_units; index += step) {
-      const auto [i, n0, j0, j_end] = unit(index);
+      const int i = group_of(index), n0 = first_row(index), j0 = first_j(index), j_end = end_j(index);
       for (int s = 0; s < Tile::Alpha; ++s) {
         const int block = i * Tile::Alpha + s;
         for (int k = 0; k < p.c; k += Tile::RowK) {
           const uint32_t stage = acquire(ring, Tile::XBytes + 2 * Tile::RightBytes), barrier = full + 8 * ring.slot;
-          if (flat_x) copy_box(stage, maps.x, barrier, block * p.c + k, 0, n0);
+          if (cut.flat_x) copy_box(stage, maps.x, barrier, block * p.c + k, 0, n0);
           else copy_box(stage, maps.x, barrier, k, block, n0);
           fetch_weights(stage + Tile::XBytes, Tile::RightBytes, maps.right, barrier, k, 0, block);
           ring.advance(Tile::Stages);
@@ -140,7 +137,7 @@ class PairRegisters {
     Ring y;
     int earlier = -1;
     for (unsigned index = first; index < n_units; index += step) {
-      const auto [i, n0, j0, j_end] = unit(index);
+      const int i = group_of(index), n0 = first_row(index), j0 = first_j(index), j_end = end_j(index);
       for (int j = j0; j < j_end; j += Tile::YJ) {
         barrier_wait(y_full + 8 * y.slot, y.parity);
         store_box(maps.y, y_base + y.slot * Tile::YBytes, j * Tile::Delta, i, n0);
@@ -342,20 +339,19 @@ class PairRegisters {
     Ring ring, y;
     Accumulators acc;
     for (unsigned index = first; index < n_units; index += step) {
-      const auto [i, n0, j0, j_end] = unit(index);
       Intermediate t;
       fill_t(acc, t, ring);
 #pragma unroll 1
-      for (int j = j0; j < j_end; j += J) {
-        multiply_left(acc, t, ring, i, j);
+      for (int j = first_j(index); j < end_j(index); j += J) {
+        multiply_left(acc, t, ring, group_of(index), j);
         hand_over(acc, y, j);
       }
     }
   }
 
  public:
-  __device__ PairRegisters(const PairRegisterMaps& maps, const Pair& p, PairRegisterCut cut, uint32_t shared)
-      : maps(maps), p(p), flat_x(cut.flat_x), shared(shared), parts(cut.parts), part_j(cut.part_j) {}
+  __device__ PairRegisters(const PairRegisterMaps& maps, const Pair& p, const PairRegisterCut& cut, uint32_t shared)
+      : maps(maps), p(p), cut(cut), shared(shared) {}
 
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
@@ -384,12 +380,13 @@ class PairRegisters {
 };
 
 // The products exist only in code for sm_90a; the host launches this kernel on such devices alone.
-template <typename Tile>
+template <typename Tile, bool Parts>
 __global__ void __launch_bounds__(Tile::Threads, 1)
-    pair_registers_kernel(const __grid_constant__ PairRegisterMaps maps, const __grid_constant__ Pair p, const __grid_constant__ PairRegisterCut cut) {
+    pair_registers_kernel(const __grid_constant__ PairRegisterMaps maps, const __grid_constant__ Pair p,
+                          const __grid_constant__ PairRegisterCut cut) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
-  PairRegisters<Tile>(maps, p, cut, shared_address(dynamic_shared)).run();
+  PairRegisters<Tile, Parts>(maps, p, cut, shared_address(dynamic_shared)).run();
 #endif
 }
 
