@@ -33,9 +33,11 @@ def setup_script() -> ModuleType:
 
 @pytest.fixture
 def forgets_the_library():
-    _extension.why_missing.cache_clear()
+    for function in (_extension.why_missing, _extension.built_for_sm90a):
+        function.cache_clear()
     yield
-    _extension.why_missing.cache_clear()
+    for function in (_extension.why_missing, _extension.built_for_sm90a):
+        function.cache_clear()
 
 
 # ---- finding the library
@@ -61,6 +63,16 @@ def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch, forgets_th
     assert "build them again with: pip install" in reason
     with pytest.raises(BackendError, match="do not load"):
         resolve("cuda", PROBLEM)
+
+
+def test_a_library_without_the_operators_is_no_whole_build(tmp_path, monkeypatch, forgets_the_library):
+    # A shared library that loads, as a build without csrc/register.cpp does.
+    torch_library = next(Path(torch.__file__).parent.glob("lib/libc10.*"))
+    monkeypatch.setattr(_extension, "LIBRARY", torch_library)
+    reason = _extension.why_missing()
+    assert "structlayers_built_for_sm90a" in reason
+    assert _extension.BUILD_COMMAND in reason
+    assert not _extension.built_for_sm90a()
 
 
 def test_the_reason_is_found_once(tmp_path, monkeypatch, forgets_the_library):
