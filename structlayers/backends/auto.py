@@ -169,14 +169,18 @@ class SmallBatchCosts:
 # Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
 # non-negative least squares on relative errors to graph replays on one H100, bfloat16, weights from memory: "cuda" and
 # "bmm" to 18 Monarch chains (256 to 8,192 features, 4 to 64 blocks) at batches of 1, 8, 16 and 64 (0.5 to 1.4 times
-# what was measured); factors that are one block to 197 (dense, 0.8 to 1.2) and 76 ("whole", 0.86 to 1.14) layers of 256
+# what was measured); factors that are one block to 197 (dense, 0.8 to 1.2) and 76 (cuda, 0.86 to 1.14) layers of 256
 # to 8,192 features at 1 and 64. A call of bmm holds the 1.9 us that its neighbours lose: they can no longer begin
 # before it ends.
 SMALL_BATCH_COSTS = {
     "cuda": SmallBatchCosts(2.2e-6, 0.9e-6, 0.40e-12, 1.87e-12, 0.46e-12),
-    "whole": SmallBatchCosts(2.6e-6, 0.0, 0.35e-12, 6.8e-12, k=0.42e-9),
-    "dense": SmallBatchCosts(3.0e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
     "bmm": SmallBatchCosts(4.6e-6, 4.2e-6, 0.37e-12, 0.28e-12),
+}
+# Of a factor that is one block; bmm is then what dense is, behind its longer call.
+ONE_BLOCK_COSTS = {
+    "cuda": SmallBatchCosts(2.6e-6, 0.0, 0.35e-12, 6.8e-12, k=0.42e-9),
+    "dense": SmallBatchCosts(3.0e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
+    "bmm": SmallBatchCosts(4.6e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
 }
 # The arithmetic of float32 products by cuBLAS, which counts beside the weights for more than one row: 16 rows of
 # (24,768,768,4) take 224 us, one row 84.
@@ -188,19 +192,14 @@ SMALL_BATCH_ELEMENTS = 4
 def small_batch_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of a product with few rows on a GPU; dense only of a factor that is one block."""
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
-    if pattern.n_blocks == 1:
-        # bmm is then what dense is, behind a longer call.
-        extra = SMALL_BATCH_COSTS["bmm"].call - SMALL_BATCH_COSTS["dense"].call if name == "bmm" else 0.0
-        costs = SMALL_BATCH_COSTS["whole" if name == "cuda" else "dense"]
-    else:
-        extra, costs = 0.0, SMALL_BATCH_COSTS[name]
+    costs = (ONE_BLOCK_COSTS if pattern.n_blocks == 1 else SMALL_BATCH_COSTS)[name]
     if name == "cuda" and choose_tile(problem).name == SMALL_BLOCKS:
         return costs.call + pattern.bytes(n, itemsize) / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     read, written = n * pattern.in_features * itemsize, n * pattern.out_features * itemsize
     weights = pattern.nnz * itemsize
     if name == "cuda" and pattern.c * itemsize % 16:
         weights *= SMALL_BATCH_ELEMENTS
-    seconds = extra + costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
+    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
     if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
         seconds += pattern.flops(n) / SMALL_BATCH_FLOAT32_FLOP_PER_S
     if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
@@ -211,7 +210,7 @@ def small_batch_cost_s(name: str, problem: Problem) -> float:
 def gpu_cost_s(name: str, problem: Problem) -> float:
     """Estimated seconds of one product on a GPU: the larger of traffic and arithmetic, plus a call."""
     if 0 < problem.n <= SMALL_BATCH_ROWS and (name != "dense" or problem.pattern.n_blocks == 1):
-        return small_batch_cost_s(name if name in SMALL_BATCH_COSTS else "bmm", problem)
+        return small_batch_cost_s(name if name in ONE_BLOCK_COSTS else "bmm", problem)
     pattern, n, itemsize = problem.pattern, problem.n, problem.dtype.itemsize
     rates, traffic = _gpu_rates(problem.dtype, problem.tf32), pattern.bytes(n, itemsize)
     last = problem.layout is Layout.BATCH_LAST

@@ -180,8 +180,7 @@ def _register_tile(problem: PairProblem, parts: int) -> PairTile | None:
     """As ``pair_fits_registers`` in csrc/pair.h and csrc/pair_registers.cuh have it.
 
     The cycles were fitted to 13 pairs at batches of 6,272 and 25,088 on one H100 (0.9 to 1.13 times what was measured),
-    then multiplied by 0.85, which is what the estimates of dense and of two kernels, fitted on an H200, are of their
-    times there.
+    then multiplied by 0.85; ``PAIR_CYCLES_PER_S`` of auto.py, fitted later to more pairs, takes that back.
     """
     link, itemsize = problem.link, problem.dtype.itemsize
     rank, b, c = link.rank, link.left.b, link.right.c

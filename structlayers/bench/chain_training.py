@@ -15,10 +15,10 @@ from structlayers.bench.compare import describe_error, room_to_compile
 from structlayers.bench.cost import peak_memory
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.machine import Roofline
-from structlayers.bench.products import float32_precision, rows_to_check
+from structlayers.bench.products import fill_timings, float32_precision, rows_to_check
 from structlayers.bench.results import Result
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED
-from structlayers.bench.timing import Timing, TimingPlan, in_turn, time_interleaved, wall_time_ms
+from structlayers.bench.timing import TimingPlan, in_turn, wall_time_ms
 from structlayers.bench.tune import DTYPES
 from structlayers.bench.verify import agreement
 from structlayers.errors import ConfigError
@@ -104,16 +104,13 @@ def _time_training(
             result.status, result.reason = FAILED, describe_error(error)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    by_name = {result.contender: result for result in results}
-    for name, timing in time_interleaved(calls, device, plan).items():
-        result = by_name[name]
-        if not isinstance(timing, Timing):
-            result.status, result.reason = FAILED, describe_error(timing)
+    fill_timings(results, calls, device, plan)
+    for result in results:
+        if result.p50_ms is None:
             continue
-        result.set_timing(timing)
-        result.wall_ms = wall_time_ms(steps[name].run, device, plan)
+        result.wall_ms = wall_time_ms(steps[result.contender].run, device, plan)
         if energy is not None:
-            energy.fill(result, calls[name], n, calls=1)
+            energy.fill(result, calls[result.contender], n, calls=1)
     return results
 
 

@@ -8,7 +8,7 @@ call, after the L2 was flushed. Rows go to a JSON-lines file, which a later run 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +32,9 @@ from structlayers.bench.compare import describe_error, room_to_compile
 from structlayers.bench.cost import peak_memory
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.machine import Roofline, measure_roofline
-from structlayers.bench.products import float32_precision, rows_to_check
+from structlayers.bench.products import check_output, fill_timings, float32_precision, rows_to_check
 from structlayers.bench.results import Result
-from structlayers.bench.rows import DISAGREES, FAILED, TIMED
+from structlayers.bench.rows import FAILED, TIMED
 from structlayers.bench.sweep import (
     LOST_CONTEXT,
     Deadline,
@@ -50,17 +50,13 @@ from structlayers.bench.sweep import (
 from structlayers.bench.timing import (
     LARGEST_SMALL_BATCH,
     TIMINGS,
-    Timing,
     TimingPlan,
     call_to_time,
     make_room,
     release_memory,
-    takes_turns,
-    time_interleaved,
     way_of_timing,
 )
 from structlayers.bench.tune import DTYPES
-from structlayers.bench.verify import agreement
 from structlayers.errors import BackendError, ChainError, ConfigError, DataError
 from structlayers.problem import Layout
 from structlayers.tolerances import tolerance
@@ -120,9 +116,12 @@ def _time_chain(
         try:
             made = build(name, chain, weights, layout, n)
             result.resolved, result.plan, result.weight_bytes = made.resolved, made.plan, made.weight_bytes
-            _check(result, made, x, rows, expected, case)
+            call = partial(made.call, x)
+            bound = tolerance(
+                x.dtype, made.reduction, max(len(chain), 2), float32_precision=torch.get_float32_matmul_precision()
+            )
+            check_output(result, call, (n, chain.out_features), x.dtype, rows, expected, bound, layout)
             if result.status == TIMED:
-                call = partial(made.call, x)
                 result.peak_memory_bytes, _ = peak_memory(call, device)
                 single[name] = call
                 read = made.weight_bytes if made.read_bytes is None else made.read_bytes
@@ -132,34 +131,14 @@ def _time_chain(
         except Exception as error:  # out of memory, no kernels, a launch that failed: the row says which
             result.status, result.reason = FAILED, describe_error(error)
             release_memory(device)
-    by_name = {result.contender: result for result in results}
-    # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
-    plan = replace(conditions.plan, flush_by="read") if takes_turns(conditions.how(n)) else conditions.plan
-    for name, timing in time_interleaved(calls, device, plan).items():
-        result = by_name[name]
-        if not isinstance(timing, Timing):
-            result.status, result.reason = FAILED, describe_error(timing)
-            continue
-        result.set_timing(timing.per_call(result.copies or 1))
-        if energy is not None:
-            # A graph with weights in turn already has its calls; otherwise the meter makes a graph of many.
-            energy.fill(result, calls[name] if result.copies else single[name], n, calls=result.copies)
+    fill_timings(results, calls, device, conditions.plan, conditions.how(n))
+    if energy is not None:
+        for result in results:
+            if result.p50_ms is not None:
+                # A graph with weights in turn already has its calls; otherwise the meter makes a graph of many.
+                made_calls = calls if result.copies else single
+                energy.fill(result, made_calls[result.contender], n, calls=result.copies)
     return results
-
-
-def _check(result: Result, made: ChainCall, x: Tensor, rows: Tensor, expected: Tensor, case: ChainCase) -> None:
-    n_factors = max(len(case.chain), 2)
-    bound = tolerance(x.dtype, made.reduction, n_factors, float32_precision=torch.get_float32_matmul_precision())
-    first = case.layout == "batch_first"
-    # Memory of the output's size that the allocator hands out next: what nobody writes is seen.
-    torch.full((case.n, case.chain.out_features), float("nan"), dtype=x.dtype, device=x.device)
-    y = made.call(x)
-    found = agreement(y[rows] if first else y[:, rows].T, expected, bound)
-    result.error = found.error if found.error == found.error else None
-    result.reason = found.reason
-    if not result.reason and not torch.isfinite(y.sum(dtype=torch.float32)):
-        result.reason = "an output outside the rows compared is NaN or infinite"
-    result.status = DISAGREES if result.reason else TIMED
 
 
 def _copied_call(made: ChainCall, x: Tensor) -> Callable[[], object]:

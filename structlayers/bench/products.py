@@ -130,36 +130,65 @@ def _time_product(
                 result.status = SKIPPED
                 continue
             call = _build(name, problem, x, weight, result)
-            _poison((n, pattern.out_features), problem.dtype, device)
-            y = call()
-            compared = agreement(y[rows] if first else y[:, rows].T, expected, bound)
-            result.error = compared.error if compared.error == compared.error else None
-            result.reason = compared.reason
-            if not result.reason and not torch.isfinite(y.sum(dtype=torch.float32)):
-                result.reason = "an output outside the rows compared is NaN or infinite"
-            result.status = DISAGREES if result.reason else TIMED
+            check_output(result, call, (n, pattern.out_features), problem.dtype, rows, expected, bound, problem.layout)
             if result.status == TIMED:
                 single[name] = call
                 read = weight.nbytes if name != DENSE else pattern.in_features * pattern.out_features * weight.itemsize
                 calls[name], result.copies = call_to_time(
                     way, call, partial(_build_copy, name, problem, x, weight), read, device
                 )
-            del y
         except Exception as error:  # out of memory, an unsupported dtype, a launch that failed: the row says which
             result.status, result.reason = FAILED, describe_error(error)
             release_memory(device)
-    if takes_turns(way):
-        # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
-        plan = replace(plan, flush_by="read")
-    for name, found in time_interleaved(calls, device, plan).items():
-        result = next(r for r in results if r.contender == name)
-        if not isinstance(found, Timing):
-            result.status, result.reason = FAILED, describe_error(found)
-            continue
-        result.set_timing(found.per_call(result.copies or 1))
+    fill_timings(results, calls, device, plan, way)
     if energy is not None:
         fill_energy(results, calls if takes_turns(way) else single, n, energy)
     return results
+
+
+def check_output(
+    result: Result,
+    call: Callable[[], Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: Tensor,
+    expected: Tensor,
+    bound: float,
+    layout: Layout,
+) -> None:
+    """Call once, and fill in the error on ``rows`` against ``expected``, and whether it is to be timed.
+
+    ``shape`` is (N, out_features), the output's, batch-last transposed, and ``dtype`` the output's.
+    """
+    # Memory of the output's size that the allocator hands out next: what nobody writes is seen.
+    torch.full(shape, float("nan"), dtype=dtype, device=rows.device)
+    y = call()
+    found = agreement(y[rows] if layout is Layout.BATCH_FIRST else y[:, rows].T, expected, bound)
+    result.error = found.error if found.error == found.error else None
+    result.reason = found.reason
+    if not result.reason and not torch.isfinite(y.sum(dtype=torch.float32)):
+        result.reason = "an output outside the rows compared is NaN or infinite"
+    result.status = DISAGREES if result.reason else TIMED
+
+
+def fill_timings(
+    results: Sequence[Result],
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    plan: TimingPlan,
+    way: str = "",
+) -> None:
+    """Time ``calls``, named as the results are, in turns ``way``; one that raises leaves the reason in its result."""
+    if takes_turns(way):
+        # Clean lines between replays with weights in turn; and a flush hides what the host needs to launch a graph.
+        plan = replace(plan, flush_by="read")
+    by_name = {result.contender: result for result in results}
+    for name, found in time_interleaved(calls, device, plan).items():
+        result = by_name[name]
+        if isinstance(found, Timing):
+            result.set_timing(found.per_call(result.copies or 1))
+        else:
+            result.status, result.reason = FAILED, describe_error(found)
 
 
 # The busy power of a GPU varies by less than this, so what takes so much longer than another uses more energy.
@@ -224,8 +253,3 @@ def _hopeless(name: str, problem: Problem) -> str:
     if least_s <= _HOPELESS * floor_s:
         return ""
     return f"a dense product takes at least {least_s / floor_s:.0f} times the floor of the factor"
-
-
-def _poison(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Leave NaN in memory of the output's size, which the allocator hands out next: what nobody writes is seen."""
-    torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -13,9 +13,10 @@ from structlayers.bench.case_rows import DENSE
 from structlayers.bench.compare import describe_error
 from structlayers.bench.cost import peak_memory
 from structlayers.bench.models import check_layers, layer_tolerance, oracle
+from structlayers.bench.products import fill_timings
 from structlayers.bench.results import Result
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED
-from structlayers.bench.timing import Timing, TimingPlan, time_interleaved, wall_time_ms
+from structlayers.bench.timing import TimingPlan, wall_time_ms
 from structlayers.bench.verify import agreement
 from structlayers.errors import ConfigError
 from structlayers.models import GPT
@@ -109,12 +110,7 @@ def time_step(case: StepCase, contenders: list[str], device: torch.device, plan:
     by_name = {result.contender: result for result in results}
     if device.type == "cuda":
         steps = _captured(steps, by_name, device)
-    for name, timing in time_interleaved(steps, device, plan).items():
-        result = by_name[name]
-        if not isinstance(timing, Timing):
-            result.status, result.reason = FAILED, describe_error(timing)
-            continue
-        result.set_timing(timing)
+    fill_timings(results, steps, device, plan)
     return results
 
 
