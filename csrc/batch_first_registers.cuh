@@ -4,18 +4,18 @@
 // Contract: product.h. What the host promises: register_shape in launch_registers.cuh.
 //
 // Index map: a tile is TN rows n, TJ values of j and DL neighbouring l of one i. A unit is `unit_tiles` tiles that follow one
-// another along n; the grid is persistent and takes units with j running fastest, then l, i and n, so that CTAs that read the
-// same x run together. Where w[i, l.., j.., :] fits, it is fetched once for a unit. Two warpgroups multiply, each 64 rows of
-// LW values of l and WJ of j; of a third, one thread fetches x and one fetches w. Where d > DL, the copy engine would take x 32
-// bytes at a time, one piece in four or five clocks: there three warps copy x, and shared memory looks the same.
+// another along n; the grid is persistent and takes units in the order of unit_walk.cuh, so that CTAs that read the same x run
+// together. Where w[i, l.., j.., :] fits, it is fetched once for a unit. Two warpgroups multiply, each 64 rows of LW values of l
+// and WJ of j; of a third, one thread fetches x and one fetches w. Where d > DL, the copy engine would take x 32 bytes at a
+// time, one piece in four or five clocks: there three warps copy x, and shared memory looks the same.
 //
 //   x, one row n, in shared memory as it lies          k0           k0+1         k0+2 ...
 //                                                 [l0 l1 .. l][l0 l1 .. l][l0 l1 .. l]
 //   a thread reads the runs of k, k+1 (16 or 8 bytes) and has, for every l, the pair (k, k+1): a register of the operand
 //   w in shared memory [l][j][k]     D[n][j] in registers for every l  ->  y [n][j][l]  ->  global memory, whole runs
 //
-// A cluster of two CTAs takes two neighbouring tiles along j; each fetches half of the rows of x for both (d = DL alone:
-// threads cannot copy to both).
+// A cluster of CTAs takes neighbouring tiles along j; each fetches its share of the rows of x for all of them (d = DL alone:
+// threads cannot copy to others).
 //
 // Shared memory: x_slots * XBytes + w_slots * WBytes + YBytes + 1024 bytes.
 // Source: the pattern is that of arXiv:2405.15013; the kernel is new.
@@ -36,6 +36,8 @@ struct RegisterTile {
   using T = T_;
   static constexpr int DL = DL_, RowGroups = RowGroups_, JGroups = JGroups_, WJ = WJ_, WK = WK_;
   static constexpr bool Strided = Strided_;
+  // Whether units may be grouped (unit_walk.cuh): runs that lie apart lost by it, up to 1.4 times.
+  static constexpr bool Grouped = !Strided;
   // Only the copy engine can write to both CTAs.
   static constexpr int Cluster = Strided ? 1 : Cluster_;
   static constexpr int LGroups = 2 / (RowGroups * JGroups);
@@ -54,7 +56,7 @@ struct RegisterTile {
   static constexpr int MaxSlots = 16, BarrierBytes = 4 * MaxSlots * 8;
   static_assert(sizeof(T) == 2 && (DL == 2 || DL == 4 || DL == 8 || DL == 16) && LGroups >= 1 && LW <= 8);
   static_assert((DL == 16) == (LGroups == 2) && (!Strided || DL == 16) && XBytes % 1024 == 0 && WBytes % 1024 == 0);
-  static_assert(WK % XK == 0 && LW * WJ <= 256 && (Cluster == 1 || Cluster == 2));
+  static_assert(WK % XK == 0 && LW * WJ <= 256 && (Cluster == 1 || Cluster == 2 || Cluster == 4));
 };
 
 struct RegisterMaps {
@@ -98,7 +100,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
           for (int box = 0; box < Tile::Boxes; ++box) {
             const uint32_t destination = slot + box * Tile::BoxBytes + rank * (Tile::BoxBytes / Tile::Cluster);
             if constexpr (Tile::Cluster == 1) copy_box(destination, maps.x, full, k * DL + box * 64, block, n);
-            else copy_box_to(3, destination, maps.x, full, k * DL + box * 64, block, n);
+            else copy_box_to((1 << Tile::Cluster) - 1, destination, maps.x, full, k * DL + box * 64, block, n);
           }
           ring.advance(s.x_slots);
         }
@@ -149,7 +151,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
     Ring ring;
     for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
       const Place at = place(unit);
-      const int times = s.resident ? 1 : at.tiles;
+      const int times = s.resident ? min(at.tiles, 1) : at.tiles;
       for (int tile = 0; tile < times; ++tile) {
         for (int k = 0; k < p.c; k += Tile::WK) {
           const uint32_t full = w_full + 8 * ring.slot;

@@ -1,4 +1,5 @@
-// Batch-last product with one Kronecker-sparse factor on tensor cores (mma.sync; compute capability 8.0 and later).
+// Batch-last product with one Kronecker-sparse factor on tensor cores (mma.sync; compute capability 8.0 and later), for
+// operands made of whole 16-byte pieces; batch_last_unaligned.cuh takes the others.
 //
 // Contract: product.h with y[(i*b + j)*d + l, n] = ...: features are rows, the batch is contiguous.
 // Index map: a tile is TJ values of j and TN columns n of one block (i, l): rows of x and y that lie d*N apart. Persistent
@@ -7,7 +8,7 @@
 //   x in shared memory, per stage [k][n]   w per stage [j][k]   y before it leaves [j][n]
 //
 // Shared memory: Stages * (TJ * KB + K * TN * sizeof(T)) + TJ * (TN * sizeof(T) + 16) bytes.
-// Preconditions (host) as in batch_first.cuh.
+// Preconditions (host): batch_first.cuh's, and the three operands aligned.
 // Source: the pattern is that of arXiv:2405.15013; the kernel here is new.
 #pragma once
 
@@ -23,12 +24,13 @@ struct BatchLastTile {
   static constexpr int Size = sizeof(T), E = 16 / Size, K = KB / Size, Chunks = KB / 16;
   static constexpr int TJ = WarpsJ * MJ, TN = WarpsN * MN, Threads = 32 * WarpsJ * WarpsN;
   static constexpr int WBytes = TJ * KB, XRow = TN * Size, StageBytes = WBytes + K * XRow, YRow = TN * Size + 16;
-  static constexpr int SharedBytes = Stages * StageBytes + TJ * YRow;
+  static constexpr int SharedBytes = Stages * StageBytes + TJ * YRow, YParts = 1;
   static_assert(MJ % 16 == 0 && MN % 16 == 0 && XRow % 128 == 0 && Stages >= 3);
 };
 
+// What does not depend on how operands come in: where work lies, the products, and the way of y to shared memory.
 template <typename Tile>
-class BatchLast {
+struct BatchLastFrame {
   using T = typename Tile::T;
   static constexpr int E = Tile::E, Size = Tile::Size;
 
@@ -62,70 +64,15 @@ class BatchLast {
     return k * Tile::XRow + mixed * 16;
   }
 
-  // What a thread copies of every step: one chunk of k in rows j of w, WRows apart, and one chunk of n in rows k of x,
-  // XRows apart. Moves on by one step at a time.
-  static constexpr int WRows = Tile::Threads / Tile::Chunks, XChunks = Tile::TN / E, XRows = Tile::Threads / XChunks;
-  static_assert(Tile::TJ % WRows == 0 && Tile::K % XRows == 0 && XRows % 8 == 0);
-
-  struct Reader {
-    const T *w, *x;
-    int w_rows, w_left;  // rows j from the first that exist, elements of k left
-    int x_rows, valid_n;  // rows k left, elements of the chunk of n that exist
-  };
-
-  __device__ __forceinline__ Reader reader(const Place& at) const {
-    Reader r;
-    const int w_chunk = threadIdx.x % Tile::Chunks, w_row = threadIdx.x / Tile::Chunks;
-    const int64_t block = (static_cast<int64_t>(at.i) * p.d + at.l) * p.b;
-    r.w = static_cast<const T*>(p.w) + (block + at.j0 + w_row) * p.c + w_chunk * E;
-    r.w_rows = p.b - at.j0 - w_row;
-    r.w_left = p.c - w_chunk * E;
-    const int x_chunk = threadIdx.x % XChunks, x_row = threadIdx.x / XChunks;
-    const int64_t n = at.n0 + x_chunk * E, k0 = static_cast<int64_t>(at.i) * p.c;
-    r.x = static_cast<const T*>(p.x) + ((k0 + x_row) * p.d + at.l) * p.x_stride + n;
-    r.valid_n = static_cast<int>(max(int64_t{0}, min(p.n - n, int64_t{E})));
-    // Features l, d + l, 2d + l ... below the logical input size.
-    const int64_t existing = p.in_features > at.l ? (p.in_features - at.l - 1) / p.d + 1 - k0 : 0;
-    r.x_rows = static_cast<int>(max(int64_t{0}, min(existing, int64_t{p.c}))) - x_row;
-    return r;
-  }
-
-  template <bool Aligned>
-  __device__ __forceinline__ void load(Reader& r, int stage) const {
-    const uint32_t ws = shared + stage * Tile::StageBytes + swizzled<Tile::Chunks>(threadIdx.x / Tile::Chunks, threadIdx.x % Tile::Chunks);
-#pragma unroll
-    for (int u = 0; u < Tile::TJ / WRows; ++u) {
-      const T* source = r.w + static_cast<int64_t>(u * WRows) * p.c;
-      copy_piece<Aligned>(ws + u * WRows * Tile::KB, source, u * WRows < r.w_rows ? r.w_left : 0);
-    }
-    const uint32_t xs = shared + stage * Tile::StageBytes + Tile::WBytes + x_offset(threadIdx.x / XChunks, threadIdx.x % XChunks);
-    const int64_t stride = p.d * p.x_stride;
-#pragma unroll
-    for (int u = 0; u < Tile::K / XRows; ++u) {
-      copy_piece<Aligned>(xs + u * XRows * Tile::XRow, r.x + u * XRows * stride, u * XRows < r.x_rows ? r.valid_n : 0);
-    }
-    r.w += Tile::K;
-    r.w_left -= Tile::K;
-    r.x += Tile::K * stride;
-    r.x_rows -= Tile::K;
-  }
-
-  // Sixteen bytes of a row of which `valid` elements exist: by the copy engine of the SM, or element by element.
-  template <bool Aligned>
-  __device__ __forceinline__ void copy_piece(uint32_t destination, const T* source, int valid) const {
-    if constexpr (Aligned) copy_async_16(destination, valid > 0 ? source : p.w, max(0, min(valid, E)) * Size);
-    else copy_elements(destination, source, valid);
-  }
-
-  __device__ static __noinline__ void copy_elements(uint32_t destination, const T* source, int valid) {
-#pragma unroll 1
-    for (int e = 0; e < E; ++e) store_shared_element<Size>(destination + e * Size, e < valid ? load_bits<Size>(source, e) : 0);
-  }
-
   using Accumulators = float[Tile::MJ / 16][Tile::MN / 8][4];
 
-  __device__ __forceinline__ void multiply(Accumulators& acc, int stage) const {
-    const uint32_t ws = shared + stage * Tile::StageBytes, xs = ws + Tile::WBytes;
+  // A step of w and of x in shared memory.
+  struct Operands {
+    uint32_t ws, xs;
+  };
+
+  __device__ __forceinline__ void multiply(Accumulators& acc, const Operands& operands) const {
+    const uint32_t ws = operands.ws, xs = operands.xs;
     // Operands are loaded one product ahead, as in batch_first.cuh.
     constexpr int Q = Tile::MN / 16, M = Tile::MJ / 16, Groups = Tile::KB / 32;
     Operand<T, Tile::Split> a[2][M], b[2];
@@ -166,15 +113,24 @@ class BatchLast {
     }
   }
 
-  __device__ __forceinline__ void finish(Accumulators& acc, const Place& at) const {
-    const uint32_t ys = shared + Tile::Stages * Tile::StageBytes;
+  // The value of j, in the tile, of a row of y as a part of it lies in shared memory: a part is a share of every warp's rows.
+  __device__ static __forceinline__ int row_of_part(int row, int part) {
+    constexpr int Rows = Tile::MJ / Tile::YParts;
+    return row / Rows * Tile::MJ + part * Rows + row % Rows;
+  }
+
+  // A part of the accumulators to shared memory, [j][n] with rows of YRow bytes. They are cleared.
+  __device__ __forceinline__ void stage_y(Accumulators& acc, const Place& at, uint32_t ys, int part) const {
+    constexpr int M = Tile::MJ / 16 / Tile::YParts;
+    static_assert(M * 16 * Tile::YParts == Tile::MJ);
 #pragma unroll
-    for (int m = 0; m < Tile::MJ / 16; ++m) {
+    for (int m0 = 0; m0 < M; ++m0) {
+      const int m = part * M + m0;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = warp_j * Tile::MJ + m * 16 + h * 8 + lane / 4;
-        const int64_t feature = (static_cast<int64_t>(at.i) * p.b + at.j0 + row) * p.d + at.l;
-        const bool inside = at.j0 + row < p.b && feature < p.out_features;
+        const int row = warp_j * (M * 16) + m0 * 16 + h * 8 + lane / 4, j = at.j0 + row_of_part(row, part);
+        const int64_t feature = (static_cast<int64_t>(at.i) * p.b + j) * p.d + at.l;
+        const bool inside = j < p.b && feature < p.out_features;
         const float bias = p.bias != nullptr && inside ? to_float(static_cast<const T*>(p.bias)[feature]) : 0.f;
 #pragma unroll
         for (int q = 0; q < Tile::MN / 8; ++q) {
@@ -192,47 +148,38 @@ class BatchLast {
         }
       }
     }
-    __syncthreads();
-    for (int unit = threadIdx.x; unit < Tile::TJ * (Tile::TN / E); unit += Tile::Threads) {
-      const int chunk = unit % (Tile::TN / E), row = unit / (Tile::TN / E);
-      const int64_t feature = (static_cast<int64_t>(at.i) * p.b + at.j0 + row) * p.d + at.l, n = at.n0 + chunk * E;
-      if (at.j0 + row >= p.b || feature >= p.out_features || n >= p.n) continue;
-      uint32_t v[4];
-      load_shared_16(v, ys + row * Tile::YRow + chunk * 16);
-      T* destination = static_cast<T*>(p.y) + feature * p.y_stride + n;
-      if (p.y_aligned && n + E <= p.n) {
-        store_global_16(destination, v);
-      } else {
+  }
+
+  // Elements first.. of a row, of 16 bytes, of which those in [0, valid) exist; destination: where element `first` goes.
+  __device__ static __forceinline__ void store_elements(T* destination, const uint32_t (&v)[4], int first, int valid) {
 #pragma unroll
-        for (int e = 0; e < E; ++e) {
-          if (n + e >= p.n) break;
-          if constexpr (Size == 4) reinterpret_cast<uint32_t*>(destination)[e] = v[e];
-          else reinterpret_cast<uint16_t*>(destination)[e] = static_cast<uint16_t>(v[e / 2] >> (e % 2 * 16));
-        }
-      }
+    for (int e = 0; e < E; ++e) {
+      if (first + e < 0 || first + e >= valid) continue;
+      if constexpr (Size == 4) reinterpret_cast<uint32_t*>(destination)[e] = v[e];
+      else reinterpret_cast<uint16_t*>(destination)[e] = static_cast<uint16_t>(v[e / 2] >> (e % 2 * 16));
     }
   }
 
- public:
-  __device__ BatchLast(const Product& product, uint32_t shared_base) : p(product), shared(shared_base) {}
+  __device__ BatchLastFrame(const Product& product, uint32_t shared_base) : p(product), shared(shared_base) {}
 
-  __device__ void run(unsigned tiles) const {
+  // `loader` has: reader(place), which points to a tile's operands; load(reader, stage), which starts the copies of its next
+  // step; ready(place, step, stage), which returns where the operands of a step that has landed lie; finish(acc, place).
+  template <typename Loader>
+  __device__ __forceinline__ void run_tiles(const Loader& loader, unsigned tiles) const {
     // Stages - 1 steps of (tile, k) are in flight or being multiplied; they run on from tile to tile.
     unsigned tile = blockIdx.x, load_tile = tile;
     if (tile >= tiles) return;
     Place at = place(tile);
-    Reader load_reader = reader(at);
-    const bool whole = p.x_aligned && p.w_aligned;
+    auto load_reader = loader.reader(at);
     int s = 0, load_s = 0, stage = 0, load_stage = 0;
     auto load_one = [&] {
       if (load_tile < tiles) {
-        if (whole) load<true>(load_reader, load_stage);
-        else load<false>(load_reader, load_stage);
+        loader.load(load_reader, load_stage);
         load_stage = load_stage + 1 == Tile::Stages ? 0 : load_stage + 1;
         if (++load_s == steps) {
           load_s = 0;
           load_tile += gridDim.x;
-          if (load_tile < tiles) load_reader = reader(place(load_tile));
+          if (load_tile < tiles) load_reader = loader.reader(place(load_tile));
         }
       }
       copy_async_commit();
@@ -245,10 +192,11 @@ class BatchLast {
       // Everybody's pieces of this step have landed, and everybody is done with the step before.
       __syncthreads();
       load_one();
-      if (at.j0 + warp_j * Tile::MJ < p.b) multiply(acc, stage);
+      const Operands operands = loader.ready(at, s, stage);
+      if (at.j0 + warp_j * Tile::MJ < p.b) multiply(acc, operands);
       stage = stage + 1 == Tile::Stages ? 0 : stage + 1;
       if (++s == steps) {
-        finish(acc, at);
+        loader.finish(acc, at);
         s = 0;
         tile += gridDim.x;
         if (tile >= tiles) return;
@@ -256,6 +204,88 @@ class BatchLast {
       }
     }
   }
+};
+
+template <typename Tile>
+struct BatchLast : BatchLastFrame<Tile> {
+  using Frame = BatchLastFrame<Tile>;
+  using Frame::Frame, Frame::E, Frame::Size, Frame::p, Frame::shared, Frame::x_offset, Frame::stage_y, Frame::store_elements;
+  using typename Frame::T, typename Frame::Place, typename Frame::Accumulators, typename Frame::Operands;
+
+  // What a thread copies of every step: one chunk of k in rows j of w, WRows apart, and one chunk of n in rows k of x,
+  // XRows apart. Moves on by one step at a time.
+  static constexpr int WRows = Tile::Threads / Tile::Chunks, XChunks = Tile::TN / E, XRows = Tile::Threads / XChunks;
+  static_assert(Tile::TJ % WRows == 0 && Tile::K % XRows == 0 && XRows % 8 == 0);
+
+  struct Reader {
+    const T *w, *x;
+    int w_rows, w_left;  // rows j from the first that exist, elements of k left
+    int x_rows, valid_n;  // rows k left, elements of the chunk of n that exist
+  };
+
+  __device__ __forceinline__ Reader reader(const Place& at) const {
+    Reader r;
+    const int w_chunk = threadIdx.x % Tile::Chunks, w_row = threadIdx.x / Tile::Chunks;
+    const int64_t block = (static_cast<int64_t>(at.i) * p.d + at.l) * p.b;
+    r.w = static_cast<const T*>(p.w) + (block + at.j0 + w_row) * p.c + w_chunk * E;
+    r.w_rows = p.b - at.j0 - w_row;
+    r.w_left = p.c - w_chunk * E;
+    const int x_chunk = threadIdx.x % XChunks, x_row = threadIdx.x / XChunks;
+    const int64_t n = at.n0 + x_chunk * E, k0 = static_cast<int64_t>(at.i) * p.c;
+    r.x = static_cast<const T*>(p.x) + ((k0 + x_row) * p.d + at.l) * p.x_stride + n;
+    r.valid_n = static_cast<int>(max(int64_t{0}, min(p.n - n, int64_t{E})));
+    // Features l, d + l, 2d + l ... below the logical input size.
+    const int64_t existing = p.in_features > at.l ? (p.in_features - at.l - 1) / p.d + 1 - k0 : 0;
+    r.x_rows = static_cast<int>(max(int64_t{0}, min(existing, int64_t{p.c}))) - x_row;
+    return r;
+  }
+
+  __device__ __forceinline__ void load(Reader& r, int stage) const {
+    const uint32_t ws = shared + stage * Tile::StageBytes + swizzled<Tile::Chunks>(threadIdx.x / Tile::Chunks, threadIdx.x % Tile::Chunks);
+#pragma unroll
+    for (int u = 0; u < Tile::TJ / WRows; ++u) {
+      const T* source = r.w + static_cast<int64_t>(u * WRows) * p.c;
+      copy_piece(ws + u * WRows * Tile::KB, source, u * WRows < r.w_rows ? r.w_left : 0);
+    }
+    const uint32_t xs = shared + stage * Tile::StageBytes + Tile::WBytes + x_offset(threadIdx.x / XChunks, threadIdx.x % XChunks);
+    const int64_t stride = p.d * p.x_stride;
+#pragma unroll
+    for (int u = 0; u < Tile::K / XRows; ++u) {
+      copy_piece(xs + u * XRows * Tile::XRow, r.x + u * XRows * stride, u * XRows < r.x_rows ? r.valid_n : 0);
+    }
+    r.w += Tile::K;
+    r.w_left -= Tile::K;
+    r.x += Tile::K * stride;
+    r.x_rows -= Tile::K;
+  }
+
+  // Sixteen bytes of a row of which `valid` elements exist.
+  __device__ __forceinline__ void copy_piece(uint32_t destination, const T* source, int valid) const {
+    copy_async_16(destination, valid > 0 ? source : p.w, max(0, min(valid, E)) * Size);
+  }
+
+  __device__ __forceinline__ void finish(Accumulators& acc, const Place& at) const {
+    const uint32_t ys = shared + Tile::Stages * Tile::StageBytes;
+    stage_y(acc, at, ys, 0);
+    __syncthreads();
+    for (int unit = threadIdx.x; unit < Tile::TJ * (Tile::TN / E); unit += Tile::Threads) {
+      const int chunk = unit % (Tile::TN / E), row = unit / (Tile::TN / E);
+      const int64_t feature = (static_cast<int64_t>(at.i) * p.b + at.j0 + row) * p.d + at.l, n = at.n0 + chunk * E;
+      if (at.j0 + row >= p.b || feature >= p.out_features || n >= p.n) continue;
+      uint32_t v[4];
+      load_shared_16(v, ys + row * Tile::YRow + chunk * 16);
+      T* destination = static_cast<T*>(p.y) + feature * p.y_stride + n;
+      if (n + E <= p.n) store_global_16(destination, v);
+      else store_elements(destination, v, 0, static_cast<int>(p.n - n));
+    }
+  }
+
+  __device__ __forceinline__ Operands ready(const Place&, int, int stage) const {
+    const uint32_t ws = shared + stage * Tile::StageBytes;
+    return {ws, ws + Tile::WBytes};
+  }
+
+  __device__ void run(unsigned tiles) const { this->run_tiles(*this, tiles); }
 };
 
 template <typename Tile>

@@ -84,6 +84,44 @@ struct Float32Fetch : Base {
     copy_async_wait<0>();
   }
 
+  // The same batch-last: an instruction of a warp takes 32 neighbouring n of one k, a lane one of them.
+  __device__ __forceinline__ void copy_x_last() const {
+    const int64_t feature_step = static_cast<int64_t>(p.d) * p.x_stride;
+    Ring ring;
+    for (unsigned unit = blockIdx.x; unit < s.units; unit += gridDim.x) {
+      const Place at = place(unit);
+      const int64_t first = static_cast<int64_t>(at.i) * p.c * p.d + at.l0, left = p.in_features - first;
+      // How many k there are; what lies behind counts as zeros.
+      const int features = static_cast<int>(min(left > 0 ? (left - 1) / p.d + 1 : 0, static_cast<int64_t>(p.c)));
+      for (int tile = 0; tile < at.tiles; ++tile) {
+        const int64_t n = at.n0 + tile * TN + lane, valid = p.n - n;
+        const float* source = static_cast<const float*>(p.x) + (first + warp * static_cast<int64_t>(p.d)) * p.x_stride + n;
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+          const uint32_t slot = shared + ring.slot * Tile::XBytes + lane % 4 * 4;
+          barrier_wait(x_empty + 8 * ring.slot, ring.parity ^ 1);
+#pragma unroll 1
+          for (int k = warp; k < Tile::XK; k += Tile::XWarps, source += Tile::XWarps * feature_step) {
+            const uint32_t row = slot + k * 128 + ((lane / 4 ^ (k & 7)) * 16);
+            const bool there = step * Tile::XK + k < features;
+#pragma unroll
+            for (int box = 0; box < Tile::Boxes; ++box) {
+              const bool inside = there && box * 32 < valid;
+              copy_async_4(row + box * Tile::BoxBytes, inside ? source + box * 32 : p.x, inside);
+            }
+          }
+          copy_async_arrive(x_full + 8 * ring.slot);
+          // Where this warp's rows of the next step begin.
+          source += (Tile::XK - (Tile::XK - warp + Tile::XWarps - 1) / Tile::XWarps * Tile::XWarps) * feature_step;
+          ring.advance(s.x_slots);
+        }
+      }
+    }
+    // No thread leaves before what it copied has arrived.
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+
   // Calls `fill(place, first l, first k, ring)` for every slot of w in turn.
   template <typename Fill>
   __device__ __forceinline__ void for_w(const Fill& fill) const {
@@ -113,47 +151,78 @@ struct Float32Fetch : Base {
     });
   }
 
-  // Splits w where it lies, or where the copy engine does not take it, fetches it: each thread 16-byte pieces of all rows that
-  // lie RoundRows apart, so that a warp touches whole rows.
-  template <bool Fetches>
-  __device__ __forceinline__ void prepare_w(int thread) const {
-    constexpr int Chunks = Tile::WRow / 16, RoundRows = Tile::WThreads / Chunks, Rounds = Tile::WL * Tile::TJ / RoundRows;
-    static_assert(RoundRows % 8 == 0 && Tile::TJ % RoundRows == 0);
-    const int row = thread / Chunks, chunk = thread % Chunks;
-    const uint32_t first = w_base + swizzled<Chunks>(row, chunk);
-    for_w([&](const Place& at, int l, int k0, const Ring& ring) {
-      const uint32_t slot = first + ring.slot * Tile::WBytes;
-      if constexpr (Fetches) barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
-      else barrier_wait(w_raw + 8 * ring.slot, ring.parity);
-      const int k = k0 + chunk * 4;
-#pragma unroll(Fetches ? 1 : Rounds <= 4 ? Rounds : 4)
-      for (int round = 0; round < Rounds; ++round) {
-        const uint32_t place = slot + round * (RoundRows * Tile::WRow);
-        uint32_t v[4] = {0, 0, 0, 0}, lower[4];
-        if constexpr (Fetches) {
-          const int index = row + round * RoundRows, j = at.j0 + index % Tile::TJ, of_l = l + index / Tile::TJ;
-          const float* source = static_cast<const float*>(p.w) + ((static_cast<int64_t>(at.i) * p.d + of_l) * p.b + j) * p.c + k;
-          const int valid = j < p.b && of_l < p.d ? p.c - k : 0;
+  // Of a slot of w, each thread splits, or copies, 16-byte pieces of rows that lie RoundRows apart, so that a warp touches whole rows.
+  static constexpr int WChunks = Tile::WRow / 16, RoundRows = Tile::WThreads / WChunks, WRounds = Tile::WL * Tile::TJ / RoundRows;
+  static_assert(RoundRows % 8 == 0 && Tile::TJ % RoundRows == 0);
+
+  // This thread's pieces of a slot are there: splits them where they lie, and says so.
+  __device__ __forceinline__ void hand_over_w(uint32_t pieces, int slot) const {
+    if constexpr (Split) {
+#pragma unroll(WRounds <= 4 ? WRounds : 4)
+      for (int round = 0; round < WRounds; ++round) {
+        const uint32_t piece = pieces + slot * Tile::WBytes + round * (RoundRows * Tile::WRow);
+        uint32_t v[4], lower[4];
+        load_shared_16(v, piece);
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (e < valid) v[e] = __float_as_uint(__ldg(source + e));
-        } else {
-          load_shared_16(v, place);
+        for (int e = 0; e < 4; ++e) {
+          const uint32_t exact = v[e];
+          v[e] = upper_part(exact);
+          lower[e] = lower_part(exact, v[e]);
         }
-        if constexpr (Split) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const uint32_t exact = v[e];
-            v[e] = upper_part(exact);
-            lower[e] = lower_part(exact, v[e]);
-          }
-          store_shared_16(place + Tile::WPart, lower);
-        }
-        store_shared_16(place, v);
+        store_shared_16(piece + Tile::WPart, lower);
+        store_shared_16(piece, v);
       }
-      fence_shared_for_wgmma();
-      barrier_arrive(w_full + 8 * ring.slot);
+    }
+    fence_shared_for_wgmma();
+    barrier_arrive(w_full + 8 * slot);
+  }
+
+  // Splits what fetch_w brought.
+  __device__ __forceinline__ void split_w(int thread) const {
+    const uint32_t pieces = w_base + swizzled<WChunks>(thread / WChunks, thread % WChunks);
+    for_w([&](const Place&, int, int, const Ring& ring) {
+      barrier_wait(w_raw + 8 * ring.slot, ring.parity);
+      hand_over_w(pieces, ring.slot);
     });
+  }
+
+  // In the place of fetch_w and split_w where rows of w are not whole 16-byte pieces: asynchronous copies of single numbers, of
+  // one slot while those of the slot before are under way.
+  __device__ __forceinline__ void copy_w(int thread) const {
+    const int row = thread / WChunks, chunk = thread % WChunks;
+    const uint32_t pieces = w_base + swizzled<WChunks>(row, chunk);
+    int pending = -1;  // a slot whose copies are under way
+    for_w([&](const Place& at, int l, int k0, const Ring& ring) {
+      if (!barrier_passed(w_empty + 8 * ring.slot, ring.parity ^ 1)) {
+        // Who is to free this slot may be waiting for the one before.
+        if (pending >= 0) {
+          copy_async_wait<0>();
+          hand_over_w(pieces, pending);
+          pending = -1;
+        }
+        barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
+      }
+      const int k = k0 + chunk * 4;
+#pragma unroll 1
+      for (int round = 0; round < WRounds; ++round) {
+        const int index = row + round * RoundRows, j = at.j0 + index % Tile::TJ, of_l = l + index / Tile::TJ;
+        const float* source = static_cast<const float*>(p.w) + ((static_cast<int64_t>(at.i) * p.d + of_l) * p.b + j) * p.c + k;
+        const int valid = j < p.b && of_l < p.d ? p.c - k : 0;
+        const uint32_t piece = pieces + ring.slot * Tile::WBytes + round * (RoundRows * Tile::WRow);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) copy_async_4(piece + e * 4, e < valid ? source + e : p.w, e < valid);
+      }
+      copy_async_commit();
+      if (pending >= 0) {
+        copy_async_wait<1>();
+        hand_over_w(pieces, pending);
+      }
+      pending = ring.slot;
+    });
+    if (pending >= 0) {
+      copy_async_wait<0>();
+      hand_over_w(pieces, pending);
+    }
   }
 };
 

@@ -146,7 +146,9 @@ struct Float32Output : Base {
           for (int q = 0; q < 4; ++q) z[q] = activate(z[q], p.activation);
         }
         float* destination = static_cast<float*>(p.y) + feature * p.y_stride + n;
-        if (inside && valid >= 4 && p.y_aligned) {
+        if (!p.y_aligned) {
+          write_shifted(z, destination, inside ? valid : -4);
+        } else if (inside && valid >= 4) {
           *reinterpret_cast<float4*>(destination) = make_float4(z[0], z[1], z[2], z[3]);
         } else if (inside) {
 #pragma unroll
@@ -154,6 +156,41 @@ struct Float32Output : Base {
             if (q < valid) destination[q] = z[q];
         }
       }
+  }
+
+  // Four neighbours of a row of y that is aligned to nothing, of which those before `valid` exist (-4: none of the row). A lane
+  // writes the 16-byte piece of memory in which its first number lies, whose beginning it gets from the lane before.
+  __device__ __forceinline__ void write_shifted(const float (&z)[4], float* destination, int64_t valid) const {
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(destination) / 4 % 4);
+    const int before_row = (row + 7) % 8, before = (before_row % 4 * 2 + before_row / 4) * 4 + lane % 4;
+    float line[7];
+#pragma unroll
+    for (int e = 0; e < 3; ++e) line[e] = __shfl_sync(0xffffffff, z[e + 1], before);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) line[3 + e] = z[e];
+    // Numbers 3 - shift .. of the line.
+    float piece[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      piece[e] = line[3 + e];
+#pragma unroll
+      for (int by = 1; by < 4; ++by)
+        if (shift == by) piece[e] = line[3 + e - by];
+    }
+    // The first lane of a row has nobody before it, and what the last one has left goes alone.
+    const int least = row == 0 ? 0 : -shift;
+    if (least == -shift && 3 - shift < valid) {
+      *reinterpret_cast<float4*>(destination - shift) = make_float4(piece[0], piece[1], piece[2], piece[3]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (e - shift >= least && e - shift < valid) destination[e - shift] = piece[e];
+    }
+    if (row == 7) {
+#pragma unroll
+      for (int e = 1; e < 4; ++e)
+        if (e >= 4 - shift && e < valid) destination[e] = z[e];
+    }
   }
 
   // Two neighbouring columns of one row. Where a thread's values of a column fill half a sector or more, two lanes exchange

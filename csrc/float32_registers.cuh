@@ -37,7 +37,7 @@ class Float32Registers : Float32Output<Float32Fetch<Float32Frame<Tile_>>> {
   using typename Base::Tile, typename Base::Place, typename Base::Accumulators;
   using Base::place, Base::p, Base::s, Base::shared, Base::steps, Base::w_base, Base::x_full, Base::x_empty, Base::w_raw, Base::w_full, Base::w_empty,
       Base::lane, Base::group, Base::warp, Base::my_j, Base::my_row, Base::row, Base::DL, Base::LW, Base::WJ, Base::TN;
-  using Base::finish, Base::fetch_x, Base::copy_x, Base::fetch_w;
+  using Base::finish, Base::fetch_x, Base::copy_x, Base::copy_x_last, Base::fetch_w, Base::copy_w, Base::split_w;
   static constexpr int Parts = Tile::StepK / 16;
   static constexpr bool Split = Tile::Split;
 
@@ -287,6 +287,8 @@ class Float32Registers : Float32Output<Float32Fetch<Float32Frame<Tile_>>> {
       keep_registers<40>();
       if (warp == Tile::XWarps) {
         if (lane == 0 && p.w_aligned) fetch_w();
+      } else if constexpr (Tile::Strided && Tile::Last) {
+        copy_x_last();
       } else if constexpr (Tile::Strided) {
         copy_x();
       } else if (warp == 0 && lane == 0) {
@@ -295,8 +297,8 @@ class Float32Registers : Float32Output<Float32Fetch<Float32Frame<Tile_>>> {
       __syncwarp();
     } else {
       keep_registers<40>();
-      if (!p.w_aligned) this->template prepare_w<true>(threadIdx.x % 128);
-      else if constexpr (Split) this->template prepare_w<false>(threadIdx.x % 128);
+      if (!p.w_aligned) copy_w(threadIdx.x % 128);
+      else if constexpr (Split) split_w(threadIdx.x % 128);
     }
     // Nobody leaves while the other may still write here.
     if constexpr (Tile::Cluster > 1) cluster_sync();

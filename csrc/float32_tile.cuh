@@ -7,7 +7,8 @@
 
 namespace structlayers {
 
-// LW: products that share a step: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles). JGroups: into
+// Strided: threads copy x, since d > DL and runs lie apart or, batch-last, since rows are not whole 16-byte pieces or not all
+// there (logical padding). LW: products that share a step: of so many l or, where DL = 1, of so many times 64 rows of the batch (RowTiles). JGroups: into
 // how many parts the warpgroups cut the values of j; otherwise they cut the l (DL = 8) or the rows. WJ: j of a warpgroup.
 template <bool Split_, int DL_, bool Strided_, bool Last_ = false, int JGroups_ = 1, int WJ_ = 64, int Cluster_ = 1>
 struct Float32Tile {
@@ -32,7 +33,7 @@ struct Float32Tile {
   // Where the warpgroups cut l, each hands half of its j to the other, 8 at a time, so that sectors of y leave whole.
   static constexpr int YBytes = LGroups == 2 ? Consumers * 64 : 0;
   static constexpr int MaxSlots = 16, BarrierBytes = 5 * MaxSlots * 8;
-  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8) && (!Last || DL == 1));
+  static_assert((DL == 1 || DL == 2 || DL == 4 || DL == 8) && (!Strided || DL == 8 || Last) && (!Last || DL == 1));
   static_assert((Cluster == 1 || (Cluster == 2 && !Strided && !Last)) && RowGroups >= 1);
   static_assert(XBytes % 1024 == 0 && WPart % 1024 == 0);
 };

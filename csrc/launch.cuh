@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "batch_first_hopper.cuh"
-#include "batch_last.cuh"
+#include "batch_last_unaligned.cuh"
 #include "device.h"
 #include "launch_registers.cuh"
 #include "small_batch.h"
@@ -42,9 +42,14 @@ cudaError_t launch_hopper(const Product& p, cudaStream_t stream) {
 
 template <typename Tile>
 cudaError_t launch_batch_last(const Product& p, cudaStream_t stream) {
+  using Unaligned = BatchLastUnalignedTile<Tile>;
   const int64_t tiles = ceil_div(p.n, Tile::TN) * p.a * p.d * ceil_div(p.b, Tile::TJ);
-  static_assert(Tile::SharedBytes <= 227 * 1024);
-  return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, static_cast<unsigned>(tiles));
+  static_assert(Tile::SharedBytes <= 227 * 1024 && Unaligned::SharedBytes <= 227 * 1024);
+  const unsigned count = static_cast<unsigned>(tiles);
+  if (p.x_aligned && p.w_aligned && p.y_aligned) {
+    return launch<batch_last_kernel<Tile>>(Tile::SharedBytes, Tile::Threads, tiles, 1, stream, p, count);
+  }
+  return launch<batch_last_unaligned_kernel<Unaligned>>(Unaligned::SharedBytes, Tile::Threads, tiles, 1, stream, p, count);
 }
 
 // The tile of products that are not made of whole 16-byte pieces, or where it does not take one, a tile that takes all.
@@ -118,6 +123,16 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
       return launch_registers_or<RegisterTile<T, 4, false, 1, 2, 64, 32, 1>, AnyHopperTile<T>>(p, stream);
     case kRegisters8:
       return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 1>, AnyHopperTile<T>>(p, stream);
+    case kRegisters4Pair:
+      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 2>, AnyHopperTile<T>>(p, stream);
+    case kRegisters8Pair:
+      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 2>, AnyHopperTile<T>>(p, stream);
+    case kRegisters16Quad:
+      return launch_registers_or<RegisterTile<T, 16, false, 1, 1, 32, 32, 4>, AnyHopperTile<T>>(p, stream);
+    case kRegisters4Quad:
+      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 4>, AnyHopperTile<T>>(p, stream);
+    case kRegisters8Quad:
+      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 4>, AnyHopperTile<T>>(p, stream);
     case kUnaligned: return launch_unaligned_or<T, false, AnyHopperTile<T>>(p, stream);
     case kRegisters16: return launch_registers_16<T, 1>(p, stream);
     case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);
@@ -157,8 +172,13 @@ cudaError_t launch_32bit(const Product& p, bool batch_last, int tile, cudaStream
       return launch_registers_or<Float32Tile<Split, 8, true>, Other>(p, stream);
     }
     case kUnaligned: return launch_unaligned_or<T, Split, BatchFirstTile<T, Split, 8, 2, 1, 2, 32, 32, 64, 3, 1>>(p, stream);
-    case kRegistersLast:
-      return launch_registers_or<Float32Tile<Split, 1, false, true>, BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
+    case kRegistersLast: {
+      using Other = BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>;
+      if (p.x_aligned && p.in_features == int64_t{p.a} * p.c * p.d) {
+        return launch_registers_or<Float32Tile<Split, 1, false, true>, Other>(p, stream);
+      }
+      return launch_registers_or<Float32Tile<Split, 1, true, true>, Other>(p, stream);
+    }
     case kBatchLast: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 64, 32, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, Split, 2, 4, 32, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

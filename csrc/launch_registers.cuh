@@ -34,19 +34,38 @@ constexpr int step_k() {
   else return Tile::XK;
 }
 
+// Up to how many bytes of w the L2 keeps all of it beside x and y, and how many rows of the batch share a w fetched once where it
+// does not: by what was measured (NOTES.md).
+template <typename Tile>
+constexpr int64_t kept_bytes(bool resident) {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last && !resident ? 4 << 20 : 8 << 20;
+  if (Tile::Cluster > 1 || Tile::DL == 16) return 2 << 20;
+  return Tile::TJ == 128 && Tile::DL == 4 ? 12 << 20 : 4 << 20;
+}
+
+template <typename Tile>
+constexpr int group_rows() {
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last ? 512 : 1024;
+  return Tile::TN == 128 && Tile::Cluster == 1 ? 1024 : 512;
+}
+
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
 template <typename Tile>
 bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   constexpr int LeastXBytes = 64 * 1024, room = kRegisterSharedBytes - Tile::YBytes - Tile::BarrierBytes;
   const int64_t columns = int64_t{p.a} * p.c * p.d;
   constexpr bool Last = takes_batch_last<Tile>();
-  if (!Last && (Tile::Strided ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL)) return false;
+  // Whether threads copy x: short runs of long rows, or batch-last, rows of any kind.
+  constexpr bool Runs = Tile::Strided && !Last, Rows = Tile::Strided && Last;
+  if (!Last && (Runs ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL)) return false;
   constexpr int Piece = 16 / sizeof(typename Tile::T);
-  if ((Piece == 8 && !p.w_aligned) || !p.x_aligned || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
+  if ((Piece == 8 && !p.w_aligned) || (!Rows && !p.x_aligned) || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
   s.flat_input = p.in_features != columns;
-  if constexpr (Last) {
+  if constexpr (Rows) {
+    s.flat_input = false;  // threads know where x ends
+  } else if constexpr (Last) {
     if (s.flat_input) return false;
-  } else if constexpr (Tile::Strided) {
+  } else if constexpr (Runs) {
     if (p.in_features % Piece != 0) return false;
   } else {
     // Then the columns that follow a block are the next block's, and nothing but zeros may meet them.
@@ -75,12 +94,11 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
       }
     }
   }
-  // Whether the L2 keeps all of w beside x and y, by what was measured.
-  const int64_t kept = Tile::Strided && !s.resident ? 4 << 20 : 8 << 20;
-  const bool grouped = kGrouped<Tile> && columns * p.b * 4 > kept && (Tile::Strided || !s.resident);
-  s.group = !grouped ? 0 : std::max((Tile::Strided ? 512 : 1024) / Tile::TN / s.unit_tiles, 1);
+  const bool grouped = Tile::Grouped && columns * p.b * static_cast<int>(sizeof(typename Tile::T)) > kept_bytes<Tile>(s.resident) &&
+                       (Runs || !s.resident);
+  s.group = !grouped ? 0 : std::max(group_rows<Tile>() / Tile::TN / s.unit_tiles, 1);
   // Four runs of 32 bytes are a line.
-  s.l_group = !Tile::Strided ? 1 : tiles_l % 4 == 0 ? 4 : tiles_l % 2 == 0 ? 2 : 1;
+  s.l_group = !Runs ? 1 : tiles_l % 4 == 0 ? 4 : tiles_l % 2 == 0 ? 2 : 1;
   const int64_t units_n = (tiles_n + s.unit_tiles - 1) / s.unit_tiles;
   s.groups = grouped ? static_cast<unsigned>((units_n + s.group - 1) / s.group) : 0;
   const int64_t all = grouped ? int64_t{s.groups} * s.group * columns_of_units : units(s.unit_tiles);
@@ -97,7 +115,7 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   constexpr int Size = sizeof(T);
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
-  if constexpr (takes_batch_last<Tile>()) {
+  if constexpr (takes_batch_last<Tile>() && !Tile::Strided) {
     if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
                          {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
       return false;

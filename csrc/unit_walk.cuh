@@ -22,10 +22,6 @@ struct RegisterShape {
   unsigned l_group;  // divides the tiles along l
 };
 
-// Whether a tile's units may be grouped.
-template <typename Tile>
-constexpr bool kGrouped = requires { Tile::Grouped; };
-
 template <typename Tile>
 struct UnitWalk {
   const Product& p;
@@ -44,7 +40,7 @@ struct UnitWalk {
   // The first tile of a unit, and how many it has.
   __device__ __forceinline__ Place place(unsigned unit) const {
     const unsigned tiles_j = (p.b + Tile::TJ * Tile::Cluster - 1) / (Tile::TJ * Tile::Cluster), tiles_l = (p.d + Tile::DL - 1) / Tile::DL;
-    if constexpr (kGrouped<Tile>) {
+    if constexpr (Tile::Grouped) {
       if (s.group > 0) return place_grouped(unit, tiles_j, tiles_l / s.l_group);
     }
     Place at;

@@ -66,9 +66,14 @@ TILES_16BIT = (
     Tile("registers2", 20, _FIRST, 2, 128, 128, wgmma=True, registers=True),
     Tile("registers4", 21, _FIRST, 4, 128, 64, wgmma=True, registers=True),
     Tile("registers4_wide", 22, _FIRST, 4, 64, 128, wgmma=True, registers=True),
+    Tile("registers4_pair", 29, _FIRST, 4, 128, 64, wgmma=True, registers=True, cluster=2),
     Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True),
+    Tile("registers8_pair", 30, _FIRST, 8, 64, 64, wgmma=True, registers=True, cluster=2),
     Tile("registers16", 24, _FIRST, 16, 64, 32, wgmma=True, registers=True),
     Tile("registers16_pair", 25, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
+    Tile("registers16_quad", 31, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=4),
+    Tile("registers4_quad", 32, _FIRST, 4, 128, 64, wgmma=True, registers=True, cluster=4),
+    Tile("registers8_quad", 33, _FIRST, 8, 64, 64, wgmma=True, registers=True, cluster=4),
     Tile("unaligned", 28, _FIRST, 8, 64, 64, wgmma=True, any_length=True),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
@@ -149,8 +154,7 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         return tiles["last_narrow" if b <= 64 else "last"]
     if "unaligned" in tiles and _wants_any_length(problem):
         return tiles["unaligned"]
-    cached = problem.pattern.nnz * problem.dtype.itemsize <= L2_BYTES
-    registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d, cached)
+    registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
     if registers in tiles:
         return tiles[registers]
     if "unaligned" in tiles and problem.dtype == torch.float32:
@@ -173,22 +177,23 @@ def _registers_tile_float32(d: int) -> str:
     return f"registers{d}" if d in (1, 2, 4) else "registers8"
 
 
-def _registers_tile(b: int, c: int, d: int, cached: bool) -> str | None:
+def _registers_tile(b: int, c: int, d: int) -> str | None:
     """The name of the fastest of the tiles whose operands go to registers, None where an older one is faster.
 
-    By the times of 36 patterns on one H200 (csrc/NOTES.md). ``cached``: the L2 holds all weights.
+    By the times of 47 patterns on one H100 (csrc/NOTES.md).
     """
+    even = -(-b // 64) % 2 == 0
+    # Two CTAs that share x want an even number of tiles along j; where blocks are wide, what comes from the L2 binds.
+    pair = even and min(b, c) > 256
     if d == 2:
         return "registers2" if b > 64 else None
     if d == 4:
-        # Twice as many columns, unless the last tile would be half empty; with a short c, more rows pay more. So they
-        # do where tiles of the batch take the weights from memory: (24,768,768,4) at n = 4,096, 1.86 ms to 3.07.
-        wide = cached and b > 64 and c >= b and -(-b // 64) % 2 == 0
-        return "registers4_wide" if wide else "registers4"
+        if pair:
+            return "registers4_pair"
+        # Twice as many columns, unless the last tile would be half empty; with a short c, more rows pay more.
+        return "registers4_wide" if b > 64 and c >= b and even else "registers4"
+    if d == 8:
+        return "registers8_pair" if pair else "registers8"
     if d == 16:
-        # Two CTAs that share x want an even number of tiles along j.
-        pair = -(-b // 32) % 2 == 0 and (b <= 64 or c > 256)
-        return "registers16_pair" if pair else "registers16"
-    if d > 16:
-        return "registers16" if d % 16 == 0 else None
-    return "registers8" if d == 8 else None
+        return "registers16_pair" if -(-b // 32) % 2 == 0 and (b <= 64 or c > 128) else "registers16"
+    return "registers16" if d > 16 and d % 16 == 0 else None

@@ -195,14 +195,36 @@ UNALIGNED = (
 )
 
 
+# More than the L2 keeps of the weights (in float32 at least): w is fetched once for a group of rows, of which the last has
+# fewer tiles than the others.
+BEYOND_L2 = (
+    ((2, 768, 704, 4), 1300),
+    ((2, 384, 648, 8), 1100),
+    ((1, 640, 512, 16), 1600),
+    ((2, 96, 320, 64), 700),
+    ((1, 192, 384, 96), 130),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_where_weights_outgrow_the_l2(kind):
+    dtype, tf32 = KINDS[kind]
+    for entries, n in BEYOND_L2:
+        pattern = Pattern(*entries)
+        problem = Problem(pattern, n, dtype, "cuda", Layout.BATCH_FIRST, tf32, capability=CAPABILITY)
+        call = Call(problem, pattern.in_features, pattern.out_features, True, "none", "contiguous")
+        check(call, [tile for tile in tiles_for(problem, built_for_sm90a()) if tile.registers])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strides", ["contiguous", "wide"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_where_nothing_is_made_of_whole_pieces(kind, strides):
+def test_values_where_nothing_is_made_of_whole_pieces(kind, strides, layout):
     """The chosen tile over several tiles and units; with and without a bias, the ends of features cut off."""
     dtype, tf32 = KINDS[kind]
     for seed, (entries, n) in enumerate(UNALIGNED):
         pattern = Pattern(*entries)
-        problem = Problem(pattern, n, dtype, "cuda", Layout.BATCH_FIRST, tf32, capability=CAPABILITY)
+        problem = Problem(pattern, n | 1, dtype, "cuda", Layout(layout), tf32, capability=CAPABILITY)
         for cut, bias, activation in ((0, False, "none"), (5, True, "gelu"), (pattern.d * 11, True, "none")):
             call = Call(problem, pattern.in_features - cut, pattern.out_features - cut, bias, activation, strides)
             check(call, [cuda.tile_of(problem)], seed)
