@@ -14,8 +14,8 @@
 //   a thread reads the runs of k, k+1 (16 or 8 bytes) and has, for every l, the pair (k, k+1): a register of the operand
 //   w in shared memory [l][j][k]     D[n][j] in registers for every l  ->  y [n][j][l]  ->  global memory, whole runs
 //
-// A cluster of CTAs takes neighbouring tiles along j; each fetches its share of the rows of x for all of them (d = DL alone:
-// threads cannot copy to others).
+// A cluster of two CTAs takes two neighbouring tiles along j; each fetches half of the rows of x for both (d = DL alone:
+// threads cannot copy to both).
 //
 // Shared memory: x_slots * XBytes + w_slots * WBytes + YBytes + 1024 bytes.
 // Source: the pattern is that of arXiv:2405.15013; the kernel is new.
@@ -56,7 +56,7 @@ struct RegisterTile {
   static constexpr int MaxSlots = 16, BarrierBytes = 4 * MaxSlots * 8;
   static_assert(sizeof(T) == 2 && (DL == 2 || DL == 4 || DL == 8 || DL == 16) && LGroups >= 1 && LW <= 8);
   static_assert((DL == 16) == (LGroups == 2) && (!Strided || DL == 16) && XBytes % 1024 == 0 && WBytes % 1024 == 0);
-  static_assert(WK % XK == 0 && LW * WJ <= 256 && (Cluster == 1 || Cluster == 2 || Cluster == 4));
+  static_assert(WK % XK == 0 && LW * WJ <= 256 && (Cluster == 1 || Cluster == 2));
 };
 
 struct RegisterMaps {
@@ -100,7 +100,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
           for (int box = 0; box < Tile::Boxes; ++box) {
             const uint32_t destination = slot + box * Tile::BoxBytes + rank * (Tile::BoxBytes / Tile::Cluster);
             if constexpr (Tile::Cluster == 1) copy_box(destination, maps.x, full, k * DL + box * 64, block, n);
-            else copy_box_to((1 << Tile::Cluster) - 1, destination, maps.x, full, k * DL + box * 64, block, n);
+            else copy_box_to(3, destination, maps.x, full, k * DL + box * 64, block, n);
           }
           ring.advance(s.x_slots);
         }

@@ -127,12 +127,6 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
       return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 2>, AnyHopperTile<T>>(p, stream);
     case kRegisters8Pair:
       return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 2>, AnyHopperTile<T>>(p, stream);
-    case kRegisters16Quad:
-      return launch_registers_or<RegisterTile<T, 16, false, 1, 1, 32, 32, 4>, AnyHopperTile<T>>(p, stream);
-    case kRegisters4Quad:
-      return launch_registers_or<RegisterTile<T, 4, false, 2, 1, 64, 64, 4>, AnyHopperTile<T>>(p, stream);
-    case kRegisters8Quad:
-      return launch_registers_or<RegisterTile<T, 8, false, 1, 2, 32, 32, 4>, AnyHopperTile<T>>(p, stream);
     case kUnaligned: return launch_unaligned_or<T, false, AnyHopperTile<T>>(p, stream);
     case kRegisters16: return launch_registers_16<T, 1>(p, stream);
     case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);

@@ -32,9 +32,6 @@ enum TileId : int {
   kRegistersLast = 27,    // the same batch-last
   kRegisters4Pair = 29,   // clusters of two CTAs, which share x: 128 rows, 64 values of j
   kRegisters8Pair = 30,
-  kRegisters16Quad = 31,
-  kRegisters4Quad = 32,
-  kRegisters8Quad = 33,
   kUnaligned = 28,        // rows and blocks of any length, d up to 8; sm_90a
   kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
