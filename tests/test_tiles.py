@@ -105,7 +105,8 @@ def test_the_copy_engine_is_given_whole_pieces():
         problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
         return {tile.name for tile in tiles_for(problem) if tile.registers}
 
-    assert names(64, 64, 4) == {"registers4", "registers4_wide"}
+    assert names(64, 64, 4) == {"registers4", "registers4_wide", "registers4_pair"}
+    assert names(64, 64, 8) == {"registers8", "registers8_pair"}
     assert names(61, 8, 2) == {"registers2"}
     assert names(64, 64, 16) == names(64, 64, 24) == {"registers16", "registers16_pair"}
     for b, c, d in ((64, 61, 4), (64, 64, 3), (64, 64, 12), (64, 64, 20), (64, 64, 1)):
@@ -116,6 +117,17 @@ def test_the_copy_engine_is_given_whole_pieces():
     assert names(61, 60, 1, torch.float32) == {"registers1"}
     for b, c, d in ((64, 61, 1), (64, 61, 2), (64, 64, 3), (64, 64, 12)):
         assert not names(b, c, d, torch.float32)
+
+
+def test_ctas_share_x_where_blocks_are_wide():
+    def chosen(b: int, c: int, d: int) -> str:
+        problem = Problem(Pattern(2, b, c, d), 25088, torch.bfloat16, "cuda", Layout.BATCH_FIRST, capability=(9, 0))
+        return choose_tile(problem).name
+
+    assert [chosen(768, 768, d) for d in (4, 8, 16)] == ["registers4_pair", "registers8_pair", "registers16_pair"]
+    # An odd number of tiles leaves one CTA without work; short b or c are bound by memory.
+    assert [chosen(320, 768, d) for d in (4, 8)] == ["registers4", "registers8"]
+    assert [chosen(b, c, 4) for b, c in ((768, 256), (256, 768))] == ["registers4", "registers4_wide"]
 
 
 def test_what_is_not_made_of_whole_pieces_has_a_tile_of_its_own():

@@ -12,7 +12,7 @@ import torch
 
 from structlayers.backends.bmm import group_size
 from structlayers.backends.fused import HOPPER_SMS, PairProblem, choose_pair_tile, rounds_of
-from structlayers.backends.tiles import L2_BYTES, SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
+from structlayers.backends.tiles import SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
@@ -108,8 +108,6 @@ WGMMA_BYTES_PER_S = 4.0e12
 REGISTERS_SHARE = 0.68
 REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 5.2e12, 7.2e12
-# Where the weights are larger than the L2, they come from memory for every tile of the batch.
-REGISTERS_BEYOND_L2_BYTES_PER_S = 6.0e12
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
 # one, which decides at short b and c: 80 patterns on one H100), and the seconds of a
 # step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
@@ -131,9 +129,12 @@ UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
 # The least time of a 16-bit kernel, and more for every k of a block: what a tile takes where there are few of them. By
 # hand from pairs of kernels of 15 chains at n = 512 on one H100 (0.85 to 1.15 times what was measured).
 KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.4e-8
-# Batch-last, where rows of N are no whole 16-byte pieces of 16 bits: what a dense product reaches, how much longer bmm
-# takes, and the share of the kernel; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
-ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM, ODD_BATCH_SHARE = 1.45e14, 1.55, 0.075
+# Batch-last, where rows of N are no whole 16-byte pieces of 16 bits: what a dense product reaches, and how much longer
+# bmm takes; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
+ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM = 1.45e14, 1.55
+# By the same: how much longer the kernels take where pieces of rows are put together, batch-last, and where rows of
+# float32 weights are, batch-first.
+UNALIGNED_LAST, UNALIGNED_WEIGHTS = 1.5, 2.0
 # bmm with d = 1 where rows of its blocks are no whole 16-byte pieces of 16 bits.
 BMM_ELEMENTS_SHARE = 0.15
 # What float32 products of small blocks reach of the rate of large ones, b, c / (b, c + this): 13, 19, 28 and 45 TFLOP/s
@@ -252,9 +253,16 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         if c > UNALIGNED_RESIDENT_C:
             flop_per_s = min(flop_per_s, UNALIGNED_STREAMED_FLOP_PER_S)
         return max(traffic / COPY_BYTES_PER_S / UNALIGNED_SHARE, problem.pattern.flops(problem.n) / flop_per_s)
-    if not whole:
-        share = ODD_BATCH_SHARE if last and problem.dtype.itemsize == 2 else ELEMENTS_SHARE
-        return traffic / COPY_BYTES_PER_S / share
+    if not (whole or last or tile.splits_weights):
+        return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
+    return _whole_kernel_s(problem, rates, traffic) * (1.0 if whole else UNALIGNED_LAST if last else UNALIGNED_WEIGHTS)
+
+
+def _whole_kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
+    """The same where everything is made of whole 16-byte pieces."""
+    _, b, c, d = problem.pattern
+    tile = choose_tile(problem)
+    last = problem.layout is Layout.BATCH_LAST
     if tile.splits_weights:
         # Steps are those of csrc/float32_registers.cuh (XK); a tile also takes about one to begin and end.
         tiles = -(-problem.n // tile.rows) * problem.pattern.a * -(-d // tile.run) * -(-b // tile.columns)
@@ -265,10 +273,8 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     if tile.registers:
         # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
         resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES
-        moved = c * -(-b // tile.columns) + (0 if resident else b * c / tile.rows) + b
+        moved = c * -(-b // tile.columns) / tile.cluster + (0 if resident else b * c / tile.rows) + b
         rate = REGISTERS_RESIDENT_BYTES_PER_S if resident else REGISTERS_STREAMED_BYTES_PER_S
-        if problem.pattern.nnz * problem.dtype.itemsize > L2_BYTES:
-            rate = min(rate, REGISTERS_BEYOND_L2_BYTES_PER_S)
         # Runs of 32 bytes of longer rows come one by one.
         whole_rows = 1.0 if d == tile.run else REGISTERS_SHORT_RUNS
         return traffic * max(1 / COPY_BYTES_PER_S / REGISTERS_SHARE, moved / (b + c) / rate) / whole_rows

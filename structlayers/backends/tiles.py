@@ -109,8 +109,6 @@ def _wants_any_length(problem: Problem) -> bool:
     return ragged_output or not whole_pieces(pattern)
 
 
-# The L2 of an H100 or H200.
-L2_BYTES = 50 * 2**20
 # The only architecture whose wgmma the kernels use.
 HOPPER = (9, 0)
 
