@@ -27,6 +27,9 @@ FUSED = "fused"
 # Neighbours are multiplied into one factor at every call, at none, or once before.
 _MERGING = {"inference": "each call", "training": "never", "frozen": "once"}
 MODES = tuple(_MERGING)
+# Frozen, a plan on a GPU is to be no slower than the dense layer, so that what is not it must be expected to take at most
+# this share of its time, by the costs' errors over 1,780 Monarch layers.
+DENSE_PREFERENCE = 0.97
 
 # (x, weights, bias) to the output; x is two-dimensional, weights are those of the whole chain in written order.
 ChainProduct = Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]
@@ -236,7 +239,10 @@ def _steps(problem: ChainProblem, when: str, fuse: bool, most_bytes: float = flo
         single = problem.single(operand.pattern)
         tuned = tuning.lookup(single)
         name = _written_out_backend(single) if operand.written_out else resolve("auto", single).name
-        yield Step((operand,), name, merge_s + auto.cost_s(name, single, tuned))
+        cost_s = auto.cost_s(name, single, tuned)
+        if operand.written_out and when == "once" and problem.device_type == "cuda":
+            cost_s *= DENSE_PREFERENCE
+        yield Step((operand,), name, merge_s + cost_s)
     if not fuse:
         return
     for (_, middle), (left, left_s) in merged.items():
@@ -255,7 +261,11 @@ def _steps(problem: ChainProblem, when: str, fuse: bool, most_bytes: float = flo
 def _written_out_backend(single: Problem) -> str:
     """One dense matrix is cuBLAS's, but for few rows, where a launch of this project's kernel costs less."""
     few = single.device_type == "cuda" and 0 < single.n <= SMALL_BATCH_ROWS
-    return "cuda" if few and resolve("auto", single).name == "cuda" else "dense"
+    if not few or resolve("auto", single).name != "cuda":
+        return "dense"
+    tuned = tuning.lookup(single)
+    cheaper = auto.cost_s("cuda", single, tuned) < DENSE_PREFERENCE * auto.cost_s("dense", single, tuned)
+    return "cuda" if cheaper else "dense"
 
 
 def _operands(problem: ChainProblem, when: str) -> Iterator[tuple[Operand, float]]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from structlayers.backends.bmm import group_size
-from structlayers.backends.fused import HOPPER_SMS, PairProblem, choose_pair_tile, rounds_of
+from structlayers.backends.fused import HOPPER_SMS, PairProblem, PairTile, choose_pair_tile, rounds_of
 from structlayers.backends.tiles import SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
@@ -163,25 +163,26 @@ class SmallBatchCosts:
     # Every byte of the input and the output, and every byte of the input for every 64 values of j.
     row_byte: float
     reread_byte: float = 0.0
-    # Every k of a block's rows.
+    # Every k of a block's rows, up to MOST_SERIAL_K.
     k: float = 0.0
 
 
 # Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
-# non-negative least squares on relative errors to graph replays on one H100, bfloat16, weights from memory: "cuda" and
-# "bmm" to 18 Monarch chains (256 to 8,192 features, 4 to 64 blocks) at batches of 1, 8, 16 and 64 (0.5 to 1.4 times
-# what was measured); factors that are one block to 197 (dense, 0.8 to 1.2) and 76 (cuda, 0.86 to 1.14) layers of 256
-# to 8,192 features at 1 and 64. A call of bmm holds the 1.9 us that its neighbours lose: they can no longer begin
-# before it ends.
+# non-negative least squares on relative errors to 1,798 graph replays on one H100, bfloat16, weights from memory, at
+# batches of 1 and 64: layers of 256 to 8,192 features, dense (1,247), one block by the kernel (263), and Monarch chains
+# of 2 to 64 blocks, two kernels (231) or one with bmm (57); 5 to 95 %: 0.87 to 1.09 times what was measured. A call of
+# bmm holds the 1.9 us that its neighbours lose: they can no longer begin before it ends.
 SMALL_BATCH_COSTS = {
-    "cuda": SmallBatchCosts(2.2e-6, 0.9e-6, 0.40e-12, 1.87e-12, 0.46e-12),
-    "bmm": SmallBatchCosts(4.6e-6, 4.2e-6, 0.37e-12, 0.28e-12),
+    "cuda": SmallBatchCosts(2.77e-6, 0.0, 0.387e-12, 1.07e-12, 1.44e-12, k=0.37e-9),
+    "bmm": SmallBatchCosts(4.94e-6, 4.2e-6, 0.323e-12, 0.0, k=0.86e-9),
 }
 # Of a factor that is one block; bmm is then what dense is, behind its longer call.
+# cuBLAS shares longer sums out.
+MOST_SERIAL_K = 5120
 ONE_BLOCK_COSTS = {
-    "cuda": SmallBatchCosts(2.6e-6, 0.0, 0.35e-12, 6.8e-12, k=0.42e-9),
-    "dense": SmallBatchCosts(3.0e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
-    "bmm": SmallBatchCosts(4.6e-6, 0.0, 0.313e-12, 0.0, k=0.59e-9),
+    "cuda": SmallBatchCosts(2.44e-6, 0.0, 0.342e-12, 23.9e-12, k=0.50e-9),
+    "dense": SmallBatchCosts(3.0e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
+    "bmm": SmallBatchCosts(4.94e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
 }
 # The arithmetic of float32 products by cuBLAS, which counts beside the weights for more than one row: 16 rows of
 # (24,768,768,4) take 224 us, one row 84.
@@ -200,7 +201,8 @@ def small_batch_cost_s(name: str, problem: Problem) -> float:
     weights = pattern.nnz * itemsize
     if name == "cuda" and pattern.c * itemsize % 16:
         weights *= SMALL_BATCH_ELEMENTS
-    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written) + costs.k * pattern.c
+    seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written)
+    seconds += costs.k * (pattern.c if name == "cuda" else min(pattern.c, MOST_SERIAL_K))
     if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
         seconds += pattern.flops(n) / SMALL_BATCH_FLOAT32_FLOP_PER_S
     if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
@@ -291,8 +293,14 @@ def _whole_kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
 # A fused pair: shares of the copy rate and of the matrix products, and how many of a tile's cycles pass in a second, by
 # hand from 26 pairs of 256 to 8,192 features at n = 25,088 on one H100 (0.7 to 1.23 times what was measured).
 PAIR_SHARE, PAIR_MATMUL_SHARE, PAIR_CYCLES_PER_S = 0.58, 0.6, 1.6e9
-# What a tile costs a cluster of two besides, by one pair on one H100: (1,16,16,64)(16,64,64,1) takes 94 us.
-PAIR_OF_CTAS_CYCLES = 20_000
+# Where the intermediate is in shared memory, a tile's cycles are these shares of what `PairTile` estimates, of every
+# output of a CTA (more where a stage holds 128 rows of the left weight, more again where it is one of three, and where
+# runs of 16 l and more are cut), and of a cluster: by least squares on relative errors to 47 pairs at n = 25,088 on one
+# H100 (0.85 to 1.11 times what was measured, but (1,40,32,32)(32,32,32,1) 1.27). Short blocks cost a cluster more, by
+# one pair: (1,16,16,64)(16,64,64,1) takes 94 us.
+PAIR_TILE_SHARE, PAIR_OUTPUT_CYCLES, PAIR_CLUSTER_CYCLES = 0.9, 3.5, 3_800
+PAIR_SHORT_B, PAIR_SHORT_CYCLES = 16, 8_000
+PAIR_SHORT_STAGE_CYCLES, PAIR_FEW_STAGES_CYCLES, PAIR_CUT_RUNS_CYCLES = 2.7, 3.4, 2.5
 
 
 def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
@@ -310,8 +318,24 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
     # In registers, the cycles hold it.
     flops = 0 if tile.in_registers else link.left.flops(n) + link.right.flops(n)
     arithmetic = flops / rates.matmul / PAIR_MATMUL_SHARE
-    cycles = tile.cycles + (PAIR_OF_CTAS_CYCLES if tile.cluster == 2 else 0)
-    return CALL_S + max(traffic, arithmetic, rounds_of(problem, tile) * cycles / PAIR_CYCLES_PER_S)
+    seconds = rounds_of(problem, tile) * _pair_cycles(problem, tile) / PAIR_CYCLES_PER_S
+    return CALL_S + max(traffic, arithmetic, seconds)
+
+
+def _pair_cycles(problem: PairProblem, tile: PairTile) -> float:
+    """What a tile of a pair takes a cluster."""
+    if tile.in_registers:
+        return tile.cycles
+    left = problem.link.left
+    of_output = PAIR_OUTPUT_CYCLES
+    if tile.left_rows == 128:
+        of_output += PAIR_SHORT_STAGE_CYCLES
+        of_output += PAIR_FEW_STAGES_CYCLES if tile.stages <= 3 else 0.0
+        of_output += PAIR_CUT_RUNS_CYCLES if left.d // tile.cluster >= 16 else 0.0
+    cycles = PAIR_TILE_SHARE * tile.cycles + of_output * (left.b * left.d // tile.cluster)
+    if tile.cluster > 1:
+        cycles += PAIR_CLUSTER_CYCLES + (PAIR_SHORT_CYCLES if left.b <= PAIR_SHORT_B else 0)
+    return cycles
 
 
 # Fitted to 11 chainable pairs (products of 256 to 17 million elements) on the CPU of the costs above.
