@@ -27,8 +27,8 @@ FUSED = "fused"
 # Neighbours are multiplied into one factor at every call, at none, or once before.
 _MERGING = {"inference": "each call", "training": "never", "frozen": "once"}
 MODES = tuple(_MERGING)
-# Frozen, a plan on a GPU is to be no slower than the dense layer, so that what is not it must be expected to take at most
-# this share of its time, by the costs' errors over 1,780 Monarch layers.
+# Frozen, a plan on a GPU is to be no slower than the dense layer, so that what is not it must be expected to take at
+# most this share of its time, by the costs' errors over 1,780 Monarch layers.
 DENSE_PREFERENCE = 0.97
 
 # (x, weights, bias) to the output; x is two-dimensional, weights are those of the whole chain in written order.

@@ -180,7 +180,7 @@ SMALL_BATCH_COSTS = {
 # cuBLAS shares longer sums out.
 MOST_SERIAL_K = 5120
 ONE_BLOCK_COSTS = {
-    "cuda": SmallBatchCosts(2.44e-6, 0.0, 0.342e-12, 23.9e-12, k=0.50e-9),
+    "cuda": SmallBatchCosts(2.47e-6, 0.0, 0.368e-12, 6.8e-12, k=0.49e-9),
     "dense": SmallBatchCosts(3.0e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
     "bmm": SmallBatchCosts(4.94e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
 }
