@@ -1,5 +1,4 @@
-// From a product to a launch of batch_first_registers.cuh, batch_last_registers.cuh or float32_registers.cuh: how the work is cut,
-// tensor maps, the kernel.
+// From a product to a launch of batch_first_registers.cuh or float32_registers.cuh: how the work is cut, tensor maps, the kernel.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +7,6 @@
 #include <type_traits>
 
 #include "batch_first_registers.cuh"
-#include "batch_last_registers.cuh"
 #include "device.h"
 #include "float32_registers.cuh"
 #include "tensor_map.cuh"
@@ -19,7 +17,7 @@ constexpr int kRegisterSharedBytes = 227 * 1024;
 
 template <typename Tile>
 constexpr bool takes_batch_last() {
-  if constexpr (requires { Tile::Last; }) return Tile::Last;
+  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Last;
   else return false;
 }
 
@@ -41,7 +39,6 @@ constexpr int step_k() {
 template <typename Tile>
 constexpr int64_t kept_bytes(bool resident) {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last && !resident ? 4 << 20 : 8 << 20;
-  if (takes_batch_last<Tile>()) return 8 << 20;
   if (Tile::Cluster > 1 || Tile::DL == 16) return 2 << 20;
   return Tile::TJ == 128 && Tile::DL == 4 ? 12 << 20 : 4 << 20;
 }
@@ -49,7 +46,6 @@ constexpr int64_t kept_bytes(bool resident) {
 template <typename Tile>
 constexpr int group_rows() {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last ? 512 : 1024;
-  if (takes_batch_last<Tile>()) return 2048;
   return Tile::TN == 128 && Tile::Cluster == 1 ? 1024 : 512;
 }
 
@@ -65,7 +61,6 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   constexpr int Piece = 16 / sizeof(typename Tile::T);
   if ((Piece == 8 && !p.w_aligned) || (!Rows && !p.x_aligned) || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
   s.flat_input = p.in_features != columns;
-  if (Last && Piece == 8 && !p.y_aligned) return false;
   if constexpr (Rows) {
     s.flat_input = false;  // threads know where x ends
   } else if constexpr (Last) {
@@ -122,7 +117,7 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
   if constexpr (takes_batch_last<Tile>() && !Tile::Strided) {
     if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
-                         {{p.n, 1, 128 / Size}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
+                         {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
       return false;
     }
   } else if constexpr (!Tile::Strided) {
@@ -143,7 +138,6 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
 template <typename Tile>
 constexpr auto register_kernel() {
   if constexpr (std::is_same_v<typename Tile::T, float>) return float32_registers_kernel<Tile>;
-  else if constexpr (takes_batch_last<Tile>()) return batch_last_registers_kernel<Tile>;
   else return batch_first_registers_kernel<Tile>;
 }
 
@@ -190,7 +184,7 @@ cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken)
     return cudaSuccess;
   }
   config.gridDim = dim3(std::min(s.units, static_cast<unsigned>(clusters)) * Tile::Cluster);
-  if constexpr (std::is_same_v<typename Tile::T, float> || takes_batch_last<Tile>()) return cudaLaunchKernelEx(&config, Kernel, maps.x, maps.w, p, s);
+  if constexpr (std::is_same_v<typename Tile::T, float>) return cudaLaunchKernelEx(&config, Kernel, maps.x, maps.w, p, s);
   else return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
 }
 

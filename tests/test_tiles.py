@@ -130,17 +130,6 @@ def test_ctas_share_x_where_blocks_are_wide():
     assert [chosen(b, c, 4) for b, c in ((768, 256), (256, 768))] == ["registers4", "registers4_wide"]
 
 
-def test_batch_last_tiles_go_by_b():
-    def chosen(b: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
-        problem = Problem(Pattern(2, b, 96, 4), 4096, dtype, "cuda", Layout.BATCH_LAST, capability=capability)
-        return choose_tile(problem).name
-
-    for dtype in (torch.float16, torch.bfloat16):
-        assert [chosen(b, dtype, (9, 0)) for b in (48, 64, 65)] == ["registers_last_narrow"] * 2 + ["registers_last"]
-    assert chosen(48, torch.float32, (9, 0)) == "registers_last"
-    assert [chosen(b, torch.float16, (8, 0)) for b in (64, 65)] == ["last_narrow", "last"]
-
-
 def test_what_is_not_made_of_whole_pieces_has_a_tile_of_its_own():
     def chosen(b: int, c: int, d: int, dtype: torch.dtype = torch.float16, capability: tuple[int, int] = (9, 0)) -> str:
         problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=capability)

@@ -108,8 +108,6 @@ WGMMA_BYTES_PER_S = 4.0e12
 REGISTERS_SHARE = 0.68
 REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 5.2e12, 7.2e12
-# The same batch-last, and what it reaches of the matrix products.
-REGISTERS_LAST_SHARE, REGISTERS_LAST_FLOP_PER_S = 0.6, 5.0e14
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
 # one, which decides at short b and c: 80 patterns on one H100), and the seconds of a
 # step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
@@ -274,9 +272,6 @@ def _whole_kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         step_s = SPLIT_STEP_S[tile.name][problem.tf32]
         share = SPLIT_LAST_SHARE if last else SPLIT_SHARE
         return max(traffic / COPY_BYTES_PER_S / share, -(-tiles // HOPPER_SMS) * steps * step_s)
-    if tile.registers and last:
-        padded = problem.pattern.flops(problem.n) * (-(-b // 64) * 64 / b)
-        return max(traffic / COPY_BYTES_PER_S / REGISTERS_LAST_SHARE, padded / REGISTERS_LAST_FLOP_PER_S)
     if tile.registers:
         # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
         resident = tile.run * tile.columns * c * problem.dtype.itemsize <= REGISTERS_RESIDENT_BYTES

@@ -72,8 +72,6 @@ TILES_16BIT = (
     Tile("registers16", 24, _FIRST, 16, 64, 32, wgmma=True, registers=True),
     Tile("registers16_pair", 25, _FIRST, 16, 64, 32, wgmma=True, registers=True, cluster=2),
     Tile("unaligned", 28, _FIRST, 8, 64, 64, wgmma=True, any_length=True),
-    Tile("registers_last", 27, _LAST, 1, 256, 128, wgmma=True, registers=True),
-    Tile("registers_last_narrow", 31, _LAST, 1, 512, 64, wgmma=True, registers=True),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
 )
@@ -146,9 +144,8 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     if SMALL_BATCH in tiles:
         return tiles[SMALL_BATCH]
     if problem.layout is Layout.BATCH_LAST:
-        narrow = b <= 64 and problem.dtype != torch.float32
         if "registers_last" in tiles:
-            return tiles["registers_last_narrow" if narrow else "registers_last"]
+            return tiles["registers_last"]
         return tiles["last_narrow" if b <= 64 else "last"]
     if "unaligned" in tiles and _wants_any_length(problem):
         return tiles["unaligned"]
