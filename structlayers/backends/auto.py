@@ -106,13 +106,13 @@ WGMMA_BYTES_PER_S = 4.0e12
 # The same for the tiles whose operands go to registers, by hand from 80 patterns of the paper's grid on one H100: what
 # bounds them while the weights stay in shared memory, and while they stream.
 REGISTERS_SHARE = 0.68
-REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.52
+REGISTERS_RESIDENT_BYTES, REGISTERS_SHORT_RUNS = 128 * 1024, 0.6
 REGISTERS_RESIDENT_BYTES_PER_S, REGISTERS_STREAMED_BYTES_PER_S = 5.2e12, 7.2e12
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
-# one, which decides at short b and c: 80 patterns on one H100), and the seconds of a
+# one, which decides at short b and c: the paper's grid on one H100), and the seconds of a
 # step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
 # 300 products with the tiles of before.
-SPLIT_SHARE, SPLIT_LAST_SHARE = 0.58, 0.33
+SPLIT_SHARE, SPLIT_LAST_SHARE = 0.58, 0.5
 SPLIT_STEP_S = {
     "registers1": (1.3e-6, 0.8e-6),
     "registers2": (2.0e-6, 1.8e-6),
@@ -134,7 +134,7 @@ KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.4e-8
 ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM = 1.45e14, 1.55
 # By the same: how much longer the kernels take where pieces of rows are put together, batch-last, and where rows of
 # float32 weights are, batch-first.
-UNALIGNED_LAST, UNALIGNED_WEIGHTS = 1.5, 2.0
+UNALIGNED_LAST, UNALIGNED_WEIGHTS = 1.8, 2.0
 # bmm with d = 1 where rows of its blocks are no whole 16-byte pieces of 16 bits.
 BMM_ELEMENTS_SHARE = 0.15
 # What float32 products of small blocks reach of the rate of large ones, b, c / (b, c + this): 13, 19, 28 and 45 TFLOP/s

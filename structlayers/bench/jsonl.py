@@ -1,7 +1,9 @@
 """JSON lines that a kill cannot spoil: append-only, a last line cut short is nobody's."""
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 from structlayers.errors import DataError
 
 Entry = TypeVar("Entry")
+# What the name of a file compressed by gzip ends with.
+COMPRESSED = ".gz"
 
 
 def compact(value: object) -> object:
@@ -21,7 +25,12 @@ def compact(value: object) -> object:
 
 
 def append_lines(path: Path, values: Sequence[object]) -> None:
-    """Append JSON lines, on disk at once, after cutting off a last line that a killed run left unfinished."""
+    """Append JSON lines, on disk at once, after cutting off a last line that a killed run left unfinished.
+
+    Raises ``DataError`` for a compressed file: those are for keeping.
+    """
+    if path.suffix == COMPRESSED:
+        raise DataError(f"{path}: rows are not added to a compressed file: expected another name than *{COMPRESSED}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
     with path.open("ab+") as file:
@@ -37,7 +46,7 @@ def append_lines(path: Path, values: Sequence[object]) -> None:
 def read_lines(
     path: Path, parse: Callable[[dict[str, Any]], Entry], what: str, broken: list[str] | None = None
 ) -> list[Entry]:
-    """Entries of a JSON-lines file, without a last line cut short; none if there is no file.
+    """Entries of a JSON-lines file, plain or ``*.gz``, without a last line cut short; none if there is no file.
 
     A line that is no ``what`` raises ``DataError``, which names file and line; with ``broken`` its message is added
     there instead, and the others are read.
@@ -45,8 +54,11 @@ def read_lines(
     if not path.exists():
         return []
     try:
-        text = path.read_text(encoding="utf-8", errors="strict" if broken is None else "replace")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        if path.suffix == COMPRESSED:
+            content = gzip.decompress(content)
+        text = content.decode("utf-8", errors="strict" if broken is None else "replace")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     entries = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -79,3 +80,18 @@ def test_the_table_shows_times_and_reasons():
     assert "auto -> bmm" in lines[2] and "[1, 3]" in lines[2] and "1.50" in lines[2] and "2,000" in lines[2]
     assert "disagrees" in lines[3] and "[1, 3]" not in lines[3]
     assert lines[4] == "not timed: monarch, auto, float32, batch 8: off"
+
+
+def test_compressed_rows_are_read_and_not_added_to(tmp_path):
+    plain, packed = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.gz"
+    append_rows(plain, [row(), row(variant="dense")])
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_rows(packed) == read_rows(plain)
+    before = packed.read_bytes()
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz: rows are not added to a compressed file"):
+        append_rows(packed, [row()])
+    assert packed.read_bytes() == before
+    for content in (before[:-20], b"no gzip at all"):
+        packed.write_bytes(content)
+        with pytest.raises(DataError, match=r"rows\.jsonl\.gz: cannot be read"):
+            read_rows(packed)
