@@ -163,22 +163,24 @@ class SmallBatchCosts:
     # Every byte of the input and the output, and every byte of the input for every 64 values of j.
     row_byte: float
     reread_byte: float = 0.0
-    # Every k of a block's rows, up to MOST_SERIAL_K.
+    # Every k of a block's rows; of cuBLAS's, up to MOST_SERIAL_K.
     k: float = 0.0
 
 
 # Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
 # non-negative least squares on relative errors to 1,798 graph replays on one H100, bfloat16, weights from memory, at
 # batches of 1 and 64: layers of 256 to 8,192 features, dense (1,247), one block by the kernel (263), and Monarch chains
-# of 2 to 64 blocks, two kernels (231) or one with bmm (57); 5 to 95 %: 0.87 to 1.09 times what was measured. A call of
-# bmm holds the 1.9 us that its neighbours lose: they can no longer begin before it ends.
+# of 2 to 64 blocks, two kernels (231) or one with bmm (57); 5 to 95 %: 0.87 to 1.09 times what was measured. Of an
+# earlier fit, to 18 chains and 76 layers, are what interleaved blocks cost bmm and what a byte of the rows of one block
+# costs the kernel: the rows of the later one say nothing of them. A call of bmm holds the 1.9 us that its neighbours
+# lose: they can no longer begin before it ends.
 SMALL_BATCH_COSTS = {
     "cuda": SmallBatchCosts(2.77e-6, 0.0, 0.387e-12, 1.07e-12, 1.44e-12, k=0.37e-9),
     "bmm": SmallBatchCosts(4.94e-6, 4.2e-6, 0.323e-12, 0.0, k=0.86e-9),
 }
-# Of a factor that is one block; bmm is then what dense is, behind its longer call.
 # cuBLAS shares longer sums out.
 MOST_SERIAL_K = 5120
+# Of a factor that is one block; bmm is then what dense is, behind its longer call.
 ONE_BLOCK_COSTS = {
     "cuda": SmallBatchCosts(2.47e-6, 0.0, 0.368e-12, 6.8e-12, k=0.49e-9),
     "dense": SmallBatchCosts(3.0e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
@@ -323,7 +325,7 @@ def pair_cost_s(problem: PairProblem, tuned: Entry | None = None) -> float:
 
 
 def _pair_cycles(problem: PairProblem, tile: PairTile) -> float:
-    """What a tile of a pair takes a cluster."""
+    """The clock cycles that a tile of a pair takes a cluster."""
     if tile.in_registers:
         return tile.cycles
     left = problem.link.left
