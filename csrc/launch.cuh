@@ -130,6 +130,9 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
     case kUnaligned: return launch_unaligned_or<T, false, AnyHopperTile<T>>(p, stream);
     case kRegisters16: return launch_registers_16<T, 1>(p, stream);
     case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);
+    case kRegistersLast: return launch_registers_or<LastRegisterTile<T, 2>, BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
+    case kRegistersLastNarrow: return launch_registers_or<LastRegisterTile<T, 1>, BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
+    case kRegistersLastPair: return launch_registers_or<LastRegisterTile<T, 2, 2>, BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
     case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
     case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
     default: return cudaErrorInvalidValue;

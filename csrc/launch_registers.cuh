@@ -1,4 +1,5 @@
-// From a product to a launch of batch_first_registers.cuh or float32_registers.cuh: how the work is cut, tensor maps, the kernel.
+// From a product to a launch of batch_first_registers.cuh, batch_last_registers.cuh or float32_registers.cuh: how the work is cut,
+// tensor maps, the kernel.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <type_traits>
 
 #include "batch_first_registers.cuh"
+#include "batch_last_registers.cuh"
 #include "device.h"
 #include "float32_registers.cuh"
 #include "tensor_map.cuh"
@@ -17,7 +19,7 @@ constexpr int kRegisterSharedBytes = 227 * 1024;
 
 template <typename Tile>
 constexpr bool takes_batch_last() {
-  if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Last;
+  if constexpr (requires { Tile::Last; }) return Tile::Last;
   else return false;
 }
 
@@ -39,6 +41,7 @@ constexpr int step_k() {
 template <typename Tile>
 constexpr int64_t kept_bytes(bool resident) {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last && !resident ? 4 << 20 : 8 << 20;
+  if (takes_batch_last<Tile>()) return 8 << 20;
   if (Tile::Cluster > 1 || Tile::DL == 16) return 2 << 20;
   return Tile::TJ == 128 && Tile::DL == 4 ? 12 << 20 : 4 << 20;
 }
@@ -46,6 +49,7 @@ constexpr int64_t kept_bytes(bool resident) {
 template <typename Tile>
 constexpr int group_rows() {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last ? 512 : 1024;
+  if (takes_batch_last<Tile>()) return 2048;
   return Tile::TN == 128 && Tile::Cluster == 1 ? 1024 : 512;
 }
 
@@ -61,6 +65,7 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   constexpr int Piece = 16 / sizeof(typename Tile::T);
   if ((Piece == 8 && !p.w_aligned) || (!Rows && !p.x_aligned) || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
   s.flat_input = p.in_features != columns;
+  if (Last && Piece == 8 && !p.y_aligned) return false;
   if constexpr (Rows) {
     s.flat_input = false;  // threads know where x ends
   } else if constexpr (Last) {
@@ -96,11 +101,16 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   }
   const bool grouped = Tile::Grouped && columns * p.b * static_cast<int>(sizeof(typename Tile::T)) > kept_bytes<Tile>(s.resident) &&
                        (Runs || !s.resident);
-  s.group = !grouped ? 0 : std::max(group_rows<Tile>() / Tile::TN / s.unit_tiles, 1);
   // Four runs of 32 bytes are a line.
   s.l_group = !Runs ? 1 : tiles_l % 4 == 0 ? 4 : tiles_l % 2 == 0 ? 2 : 1;
-  const int64_t units_n = (tiles_n + s.unit_tiles - 1) / s.unit_tiles;
-  s.groups = grouped ? static_cast<unsigned>((units_n + s.group - 1) / s.group) : 0;
+  s.group = s.groups = 0;
+  if (grouped) {
+    const int64_t units_n = (tiles_n + s.unit_tiles - 1) / s.unit_tiles;
+    const int64_t most = std::max(group_rows<Tile>() / Tile::TN / s.unit_tiles, 1), groups = (units_n + most - 1) / most;
+    // Groups of one length, so that few units are empty.
+    s.group = static_cast<unsigned>((units_n + groups - 1) / groups);
+    s.groups = static_cast<unsigned>(groups);
+  }
   const int64_t all = grouped ? int64_t{s.groups} * s.group * columns_of_units : units(s.unit_tiles);
   if (all > std::numeric_limits<int>::max()) return false;
   s.units = static_cast<unsigned>(all);
@@ -117,7 +127,7 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
   const int64_t run = static_cast<int64_t>(p.c) * p.d, block = static_cast<int64_t>(p.b) * p.c;
   if constexpr (takes_batch_last<Tile>() && !Tile::Strided) {
     if (!make_tensor_map(maps.x, type, Size, p.x, CU_TENSOR_MAP_SWIZZLE_128B,
-                         {{p.n, 1, 32}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
+                         {{p.n, 1, 128 / Size}, {p.d, p.x_stride, 1}, {p.c, int64_t{p.d} * p.x_stride, Tile::XK}, {p.a, run * p.x_stride, 1}})) {
       return false;
     }
   } else if constexpr (!Tile::Strided) {
@@ -138,6 +148,7 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
 template <typename Tile>
 constexpr auto register_kernel() {
   if constexpr (std::is_same_v<typename Tile::T, float>) return float32_registers_kernel<Tile>;
+  else if constexpr (takes_batch_last<Tile>()) return batch_last_registers_kernel<Tile>;
   else return batch_first_registers_kernel<Tile>;
 }
 
@@ -184,7 +195,7 @@ cudaError_t launch_registers(const Product& p, cudaStream_t stream, bool& taken)
     return cudaSuccess;
   }
   config.gridDim = dim3(std::min(s.units, static_cast<unsigned>(clusters)) * Tile::Cluster);
-  if constexpr (std::is_same_v<typename Tile::T, float>) return cudaLaunchKernelEx(&config, Kernel, maps.x, maps.w, p, s);
+  if constexpr (std::is_same_v<typename Tile::T, float> || takes_batch_last<Tile>()) return cudaLaunchKernelEx(&config, Kernel, maps.x, maps.w, p, s);
   else return cudaLaunchKernelEx(&config, Kernel, maps, p, s);
 }
 

@@ -29,10 +29,12 @@ enum TileId : int {
   kRegisters16 = 24,
   kRegisters16Pair = 25,  // clusters of two CTAs, which share x
   kRegisters1 = 26,       // float32 alone: 256 rows, 64 values of j
-  kRegistersLast = 27,    // the same batch-last
+  kRegistersLast = 27,    // batch-last; 16 bits: 128 values of j, 256 n
+  kUnaligned = 28,        // rows and blocks of any length, d up to 8; sm_90a
   kRegisters4Pair = 29,   // clusters of two CTAs, which share x: 128 rows, 64 values of j
   kRegisters8Pair = 30,
-  kUnaligned = 28,        // rows and blocks of any length, d up to 8; sm_90a
+  kRegistersLastNarrow = 31,  // 16 bits: 64 values of j, 512 n
+  kRegistersLastPair = 32,    // 16 bits: 128 values of j, 256 n, clusters of two CTAs, which share x
   kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 

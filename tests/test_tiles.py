@@ -130,6 +130,33 @@ def test_ctas_share_x_where_blocks_are_wide():
     assert [chosen(b, c, 4) for b, c in ((768, 256), (256, 768))] == ["registers4", "registers4_wide"]
 
 
+def test_batch_last_tiles_go_by_how_blocks_divide():
+    def chosen(b: int, c: int = 96, dtype: torch.dtype = torch.float16, n: int = 4096, hopper: bool = True) -> str:
+        capability = (9, 0) if hopper else (8, 0)
+        problem = Problem(Pattern(4, b, c, 4), n, dtype, "cuda", Layout.BATCH_LAST, capability=capability)
+        return choose_tile(problem).name
+
+    for dtype in (torch.float16, torch.bfloat16):
+        assert [chosen(b, dtype=dtype) for b in (48, 64)] == ["registers_last_narrow"] * 2
+        assert [chosen(b, dtype=dtype) for b in (65, 128)] == ["registers_last"] * 2
+        # Two CTAs share x where b makes an even number of tiles, or c is short.
+        assert [chosen(b, dtype=dtype) for b in (192, 256, 384, 512)] == ["registers_last_pair"] * 4
+        # A third of the tiles along j half empty: narrow ones, unless c is so long that fetching x so often costs more.
+        assert [chosen(320, c, dtype) for c in (96, 256, 264)] == ["registers_last_narrow"] * 2 + ["registers_last"]
+        assert [chosen(192, c, dtype) for c in (128, 192)] == ["registers_last_pair", "registers_last_narrow"]
+        # Few tiles: none waits for a cluster, and the smaller tile of before has less to wait for.
+        assert chosen(256, dtype=dtype, n=256) == "registers_last"
+        assert [chosen(48, c, dtype, 256) for c in (64, 72)] == ["last_narrow", "registers_last_narrow"]
+        # What is not made of whole 16-byte pieces.
+        assert [chosen(256, 96, dtype, 4095), chosen(256, 97, dtype), chosen(64, 97, dtype)] == [
+            "last",
+            "last",
+            "last_narrow",
+        ]
+        assert [chosen(b, dtype=dtype, hopper=False) for b in (64, 65)] == ["last_narrow", "last"]
+    assert [chosen(b, dtype=torch.float32) for b in (48, 256)] == ["registers_last"] * 2
+
+
 def test_what_is_not_made_of_whole_pieces_has_a_tile_of_its_own():
     def chosen(b: int, c: int, d: int, dtype: torch.dtype = torch.float16, capability: tuple[int, int] = (9, 0)) -> str:
         problem = Problem(Pattern(2, b, c, d), 4096, dtype, "cuda", Layout.BATCH_FIRST, capability=capability)

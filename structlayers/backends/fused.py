@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structlayers._extension import BUILD_COMMAND, built_for_sm90a, why_missing
 from structlayers.backends import tuning
-from structlayers.backends.tiles import HOPPER
+from structlayers.backends.tiles import HOPPER, HOPPER_SMS
 from structlayers.patterns import Link, Pattern
 from structlayers.problem import ACTIVATIONS, Layout, Problem
 
@@ -36,8 +36,8 @@ MOST_FEATURES, MOST_ROWS = 2**31 - 1, 2**31 - 1 - TILE_ROWS
 CLUSTERS, STAGE_ROWS, MOST_STAGES = (1, 2, 4, 8), (256, 192, 128), 8
 # The pairs whose intermediate fits registers: alpha and delta, and the link ranks; values of K in a row of a stage.
 REGISTER_BLOCKS, REGISTER_RANKS, REGISTER_K = 4, (16, 24, 32, 48, 64), 64
-# Into how many parts the outputs of a tile may be cut, where there are fewer tiles than SMs; of an H100 or H200.
-PARTS, HOPPER_SMS = (1, 2, 3, 4, 6, 8), 132
+# Into how many parts the outputs of a tile may be cut, where there are fewer tiles than SMs.
+PARTS = (1, 2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True)
