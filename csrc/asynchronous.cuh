@@ -129,6 +129,11 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t sourc
                : "memory");
 }
 
+// Whole 16-byte pieces, likewise.
+__device__ __forceinline__ void store_bytes(uintptr_t destination, uint32_t source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void store_box_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 
 // Until all but the last `Pending` groups that this thread committed have been read from shared memory.

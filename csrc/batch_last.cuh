@@ -150,16 +150,6 @@ struct BatchLastFrame {
     }
   }
 
-  // Elements first.. of a row, of 16 bytes, of which those in [0, valid) exist; destination: where element `first` goes.
-  __device__ static __forceinline__ void store_elements(T* destination, const uint32_t (&v)[4], int first, int valid) {
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      if (first + e < 0 || first + e >= valid) continue;
-      if constexpr (Size == 4) reinterpret_cast<uint32_t*>(destination)[e] = v[e];
-      else reinterpret_cast<uint16_t*>(destination)[e] = static_cast<uint16_t>(v[e / 2] >> (e % 2 * 16));
-    }
-  }
-
   __device__ BatchLastFrame(const Product& product, uint32_t shared_base) : p(product), shared(shared_base) {}
 
   // `loader` has: reader(place), which points to a tile's operands; load(reader, stage), which starts the copies of its next
@@ -209,7 +199,7 @@ struct BatchLastFrame {
 template <typename Tile>
 struct BatchLast : BatchLastFrame<Tile> {
   using Frame = BatchLastFrame<Tile>;
-  using Frame::Frame, Frame::E, Frame::Size, Frame::p, Frame::shared, Frame::x_offset, Frame::stage_y, Frame::store_elements;
+  using Frame::Frame, Frame::E, Frame::Size, Frame::p, Frame::shared, Frame::x_offset, Frame::stage_y;
   using typename Frame::T, typename Frame::Place, typename Frame::Accumulators, typename Frame::Operands;
 
   // What a thread copies of every step: one chunk of k in rows j of w, WRows apart, and one chunk of n in rows k of x,
@@ -276,7 +266,7 @@ struct BatchLast : BatchLastFrame<Tile> {
       load_shared_16(v, ys + row * Tile::YRow + chunk * 16);
       T* destination = static_cast<T*>(p.y) + feature * p.y_stride + n;
       if (n + E <= p.n) store_global_16(destination, v);
-      else store_elements(destination, v, 0, static_cast<int>(p.n - n));
+      else store_elements<Size>(destination, v, 0, static_cast<int>(p.n - n));
     }
   }
 

@@ -21,29 +21,10 @@ struct BatchLastUnalignedTile : Base {
   static constexpr int YParts = 2, SharedBytes = ReadyBytes + Base::Stages * StageBytes + Base::TJ / YParts * Base::YRow;
 };
 
-// The 16 bytes that begin `offset` bytes, below 16, into the 32 that begin at `source`, which is aligned. Elements of Size bytes.
-template <int Size>
-__device__ __forceinline__ void load_shared_16_at(uint32_t (&out)[4], uint32_t source, int offset) {
-  uint32_t low[4], high[4];
-  load_shared_16(low, source);
-  load_shared_16(high, source + 16);
-  uint32_t v[7];
-#pragma unroll
-  for (int m = 0; m < 6; ++m) {
-    const uint32_t near = m < 4 ? low[m] : high[m - 4], far = m < 2 ? low[m + 2] : high[m - 2];
-    v[m] = offset & 8 ? far : near;
-  }
-  v[6] = high[2];
-#pragma unroll
-  for (int m = 0; m < 5; ++m) v[m] = offset & 4 ? v[m + 1] : v[m];
-#pragma unroll
-  for (int m = 0; m < 4; ++m) out[m] = Size == 2 && offset & 2 ? __funnelshift_r(v[m], v[m + 1], 16) : v[m];
-}
-
 template <typename Tile>
 struct BatchLastUnaligned : BatchLastFrame<Tile> {
   using Frame = BatchLastFrame<Tile>;
-  using Frame::Frame, Frame::E, Frame::Size, Frame::p, Frame::shared, Frame::x_offset, Frame::stage_y, Frame::store_elements, Frame::row_of_part;
+  using Frame::Frame, Frame::E, Frame::Size, Frame::p, Frame::shared, Frame::x_offset, Frame::stage_y, Frame::row_of_part;
   using typename Frame::T, typename Frame::Place, typename Frame::Accumulators, typename Frame::Operands;
   static constexpr int XChunks = Tile::TN / E;
 
@@ -146,7 +127,7 @@ struct BatchLastUnaligned : BatchLastFrame<Tile> {
         if (before == 0) load_shared_16(v, place);
         else load_shared_16_at<Size>(v, place - 16, 16 - before);
         if (first >= 0 && first + E <= valid) store_global_16(y + first, v);
-        else store_elements(y + first, v, first, valid);
+        else store_elements<Size>(y + first, v, -first, valid - first);
       }
     }
   }

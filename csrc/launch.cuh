@@ -62,6 +62,10 @@ cudaError_t launch_unaligned_or(const Product& p, cudaStream_t stream) {
   else return launch_hopper<Other>(p, stream);
 }
 
+// Batch-last, rows that begin anywhere.
+template <typename T>
+using LastRowsTile = LastRegisterTile<T, 2, true>;
+
 // A tile that takes x to registers, or where it does not take the product, one that takes all.
 template <typename Tile, typename Other>
 cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
@@ -69,7 +73,9 @@ cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
   bool taken = false;
   const cudaError_t error = launch_registers<Tile>(p, stream, taken);
   if (taken) return error;
-  if constexpr (takes_batch_last<Tile>()) return launch_batch_last<Other>(p, stream);
+  if constexpr (takes_batch_last<Tile>() && sizeof(typename Tile::T) == 2 && !Tile::Strided)
+    return launch_registers_or<LastRowsTile<typename Tile::T>, Other>(p, stream);
+  else if constexpr (takes_batch_last<Tile>()) return launch_batch_last<Other>(p, stream);
   else if constexpr (std::is_same_v<typename Tile::T, float>) return launch_unaligned_or<float, Tile::Split, Other>(p, stream);
   else return launch_unaligned_or<typename Tile::T, false, Other>(p, stream);
 }
@@ -77,6 +83,12 @@ cudaError_t launch_registers_or(const Product& p, cudaStream_t stream) {
 // Takes every product, with any d, if not fast.
 template <typename T>
 using AnyHopperTile = HopperTile<T, 16, 32, 32, 4, 1, 3, 4>;
+
+// Batch-last by mma.sync: warps along j and n, warp tile j x n, bytes of K per step, stages.
+template <typename T>
+using WideLastTile = BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>;
+template <typename T>
+using NarrowLastTile = BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>;
 
 template <typename T, int Cluster>
 cudaError_t launch_registers_16(const Product& p, cudaStream_t stream) {
@@ -130,11 +142,13 @@ cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream
     case kUnaligned: return launch_unaligned_or<T, false, AnyHopperTile<T>>(p, stream);
     case kRegisters16: return launch_registers_16<T, 1>(p, stream);
     case kRegisters16Pair: return launch_registers_16<T, 2>(p, stream);
-    case kRegistersLast: return launch_registers_or<LastRegisterTile<T, 2>, BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
-    case kRegistersLastNarrow: return launch_registers_or<LastRegisterTile<T, 1>, BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
-    case kRegistersLastPair: return launch_registers_or<LastRegisterTile<T, 2, 2>, BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
-    case kBatchLast: return launch_batch_last<BatchLastTile<T, false, 2, 4, 64, 64, 64, 4>>(p, stream);
-    case kBatchLastNarrow: return launch_batch_last<BatchLastTile<T, false, 1, 8, 64, 32, 64, 4>>(p, stream);
+    // Parts that the warpgroups make of j, whether rows begin anywhere, cluster.
+    case kRegistersLast: return launch_registers_or<LastRegisterTile<T, 2, false>, WideLastTile<T>>(p, stream);
+    case kRegistersLastNarrow: return launch_registers_or<LastRegisterTile<T, 1, false>, NarrowLastTile<T>>(p, stream);
+    case kRegistersLastPair: return launch_registers_or<LastRegisterTile<T, 2, false, 2>, WideLastTile<T>>(p, stream);
+    case kLastRows: return launch_registers_or<LastRowsTile<T>, WideLastTile<T>>(p, stream);
+    case kBatchLast: return launch_batch_last<WideLastTile<T>>(p, stream);
+    case kBatchLastNarrow: return launch_batch_last<NarrowLastTile<T>>(p, stream);
     default: return cudaErrorInvalidValue;
   }
 }

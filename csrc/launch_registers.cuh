@@ -30,6 +30,20 @@ constexpr int w_parts() {
   else return 1;
 }
 
+// Shared memory beside slots.
+template <typename Tile>
+constexpr int other_bytes() {
+  if constexpr (requires { Tile::RawBytes; }) return Tile::YBytes + Tile::BarrierBytes + Tile::RawBytes;
+  else return Tile::YBytes + Tile::BarrierBytes;
+}
+
+// How much of x is under way at least where w stays; less where steps that lie as in memory are, besides.
+template <typename Tile>
+constexpr int least_x_bytes() {
+  if constexpr (requires { Tile::RawBytes; }) return Tile::RawBytes > 0 ? 32 * 1024 : 64 * 1024;
+  else return 64 * 1024;
+}
+
 template <typename Tile>
 constexpr int step_k() {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::StepK;
@@ -56,16 +70,16 @@ constexpr int group_rows() {
 // False where the tile does not take the product: copies are of whole 16-byte pieces.
 template <typename Tile>
 bool register_shape(const Product& p, int clusters, RegisterShape& s) {
-  constexpr int LeastXBytes = 64 * 1024, room = kRegisterSharedBytes - Tile::YBytes - Tile::BarrierBytes;
+  constexpr int room = kRegisterSharedBytes - other_bytes<Tile>();
   const int64_t columns = int64_t{p.a} * p.c * p.d;
   constexpr bool Last = takes_batch_last<Tile>();
   // Whether threads copy x: short runs of long rows, or batch-last, rows of any kind.
   constexpr bool Runs = Tile::Strided && !Last, Rows = Tile::Strided && Last;
   if (!Last && (Runs ? p.d % 8 != 0 || p.d <= Tile::DL : p.d != Tile::DL)) return false;
   constexpr int Piece = 16 / sizeof(typename Tile::T);
-  if ((Piece == 8 && !p.w_aligned) || (!Rows && !p.x_aligned) || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
+  if ((Piece == 8 && !Rows && !p.w_aligned) || (!Rows && !p.x_aligned) || p.n > std::numeric_limits<int>::max() - Tile::TN) return false;
   s.flat_input = p.in_features != columns;
-  if (Last && Piece == 8 && !p.y_aligned) return false;
+  if (Last && Piece == 8 && !Rows && !p.y_aligned) return false;
   if constexpr (Rows) {
     s.flat_input = false;  // threads know where x ends
   } else if constexpr (Last) {
@@ -78,7 +92,7 @@ bool register_shape(const Product& p, int clusters, RegisterShape& s) {
   }
   const int w_steps = (p.c + Tile::WK - 1) / Tile::WK * w_parts<Tile>();
   const int64_t tiles_n = (p.n + Tile::TN - 1) / Tile::TN;
-  s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + LeastXBytes <= room;
+  s.resident = tiles_n > 1 && w_steps <= Tile::MaxSlots && w_steps * Tile::WBytes + least_x_bytes<Tile>() <= room;
   // As many values of k of x as of w; where the tile is large, two steps and more of either.
   const int balanced = room / (Tile::WBytes * w_parts<Tile>() + Tile::XBytes * (Tile::WK / Tile::XK)) * w_parts<Tile>();
   s.w_slots = s.resident ? w_steps : std::clamp(balanced, std::is_same_v<typename Tile::T, float> && Tile::DL >= 4 ? 4 : 2, Tile::MaxSlots);
@@ -140,7 +154,7 @@ bool make_register_maps(const Product& p, const RegisterShape& s, RegisterMaps& 
     }
   }
   // Threads fetch weights that the copy engine does not.
-  if (!p.w_aligned) return true;
+  if (!p.w_aligned || (takes_batch_last<Tile>() && Tile::Strided && Size == 2)) return true;
   return make_tensor_map(maps.w, type, Size, p.w, Tile::WRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                          {{p.c, 1, Tile::WK}, {p.b, p.c, Tile::TJ}, {int64_t{p.a} * p.d, block, Tile::DL / w_parts<Tile>()}});
 }

@@ -173,6 +173,42 @@ __device__ __forceinline__ void activate_piece(uint32_t (&v)[4], int activation)
   v[0] = out.x, v[1] = out.y, v[2] = out.z, v[3] = out.w;
 }
 
+// The 16 bytes that begin `offset` bytes, below 16, into the 32 of `low` and `high`. Elements of Size bytes.
+template <int Size>
+__device__ __forceinline__ void shift_16(uint32_t (&out)[4], const uint32_t (&low)[4], const uint32_t (&high)[4], int offset) {
+  uint32_t v[7];
+#pragma unroll
+  for (int m = 0; m < 6; ++m) {
+    const uint32_t near = m < 4 ? low[m] : high[m - 4], far = m < 2 ? low[m + 2] : high[m - 2];
+    v[m] = offset & 8 ? far : near;
+  }
+  v[6] = high[2];
+#pragma unroll
+  for (int m = 0; m < 5; ++m) v[m] = offset & 4 ? v[m + 1] : v[m];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) out[m] = Size == 2 && offset & 2 ? __funnelshift_r(v[m], v[m + 1], 16) : v[m];
+}
+
+// The same of the 32 bytes at `source` in shared memory, which is aligned.
+template <int Size>
+__device__ __forceinline__ void load_shared_16_at(uint32_t (&out)[4], uint32_t source, int offset) {
+  uint32_t low[4], high[4];
+  load_shared_16(low, source);
+  load_shared_16(high, source + 16);
+  shift_16<Size>(out, low, high, offset);
+}
+
+// Elements from.. to - 1 of the 16 bytes whose element 0 goes to `destination`. Elements of Size bytes.
+template <int Size>
+__device__ __forceinline__ void store_elements(void* destination, const uint32_t (&v)[4], int from, int to) {
+#pragma unroll
+  for (int e = 0; e < 16 / Size; ++e) {
+    if (e < from || e >= to) continue;
+    if constexpr (Size == 4) static_cast<uint32_t*>(destination)[e] = v[e];
+    else static_cast<uint16_t*>(destination)[e] = static_cast<uint16_t>(v[e / 2] >> (e % 2 * 16));
+  }
+}
+
 // The bits of element `index` of a tensor of `Size`-byte elements.
 template <int Size>
 __device__ __forceinline__ uint32_t load_bits(const void* base, int64_t index) {

@@ -35,6 +35,7 @@ enum TileId : int {
   kRegisters8Pair = 30,
   kRegistersLastNarrow = 31,  // 16 bits: 64 values of j, 512 n
   kRegistersLastPair = 32,    // 16 bits: 128 values of j, 256 n, clusters of two CTAs, which share x
+  kLastRows = 33,             // 16 bits, rows that begin anywhere: 128 values of j, 240 n
   kSmallBatch = 40,       // both layouts, all types: weights straight to registers
 };
 

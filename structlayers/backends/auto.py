@@ -116,6 +116,11 @@ REGISTERS_LAST_S = {
     "registers_last_pair": (0.35e-6, 2.65e-6),
     "registers_last_narrow": (0.61e-6, 2.1e-6),
 }
+# The same where rows begin anywhere in a 16-byte piece, with an end that is longer for every value of j; weights with
+# more k than these are fetched again for every tile. By hand from 14 patterns at n = 25,087 (0.73 to 1.25 times).
+LAST_ROWS_SHARE = 0.52
+LAST_ROWS_STEP_S, LAST_ROWS_STREAMED_STEP_S, LAST_ROWS_RESIDENT_C = 0.8e-6, 1.4e-6, 256
+LAST_ROWS_TILE_S, LAST_ROWS_TILE_S_PER_B = 2.0e-6, 1.9e-8
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
 # one, which decides at short b and c: the paper's grid on one H100), and the seconds of a
 # step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
@@ -260,6 +265,12 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     whole = problem.n % piece == 0 if last else b % piece == 0 and c % piece == 0 and (d % piece == 0 or piece % d == 0)
     if tile.name == SMALL_BLOCKS:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    if tile.any_length and last:
+        tiles = -(-problem.n // tile.rows) * problem.pattern.n_blocks * -(-b // tile.columns)
+        step_s = LAST_ROWS_STEP_S if c <= LAST_ROWS_RESIDENT_C else LAST_ROWS_STREAMED_STEP_S
+        rest_s = LAST_ROWS_TILE_S + LAST_ROWS_TILE_S_PER_B * min(b, tile.columns)
+        arithmetic = -(-tiles // HOPPER_SMS) * (-(-c // 32) * step_s + rest_s)
+        return max(traffic / COPY_BYTES_PER_S / LAST_ROWS_SHARE, arithmetic)
     if tile.any_length:
         flop_per_s = UNALIGNED_FLOP_PER_S[_precision(problem.dtype, problem.tf32)]
         if c > UNALIGNED_RESIDENT_C:

@@ -18,7 +18,7 @@ class Tile:
     ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
     ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x,
     ``splits_weights`` that threads fetch the weights, which then may lie anyhow, ``any_length`` that rows and blocks
-    may have any length and ``run`` is the longest that the tile serves.
+    may have any length and, batch-first, ``run`` is the longest that the tile serves.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Tile:
     def takes(self, pattern: Pattern) -> bool:
         """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
         if self.any_length:
-            return pattern.d <= self.run
+            return self.layout is Layout.BATCH_LAST or pattern.d <= self.run
         if not self.registers:
             return True
         if self.layout is Layout.BATCH_LAST:
@@ -77,6 +77,7 @@ TILES_16BIT = (
     Tile("registers_last", 27, _LAST, 1, 256, 128, wgmma=True, registers=True),
     Tile("registers_last_pair", 32, _LAST, 1, 256, 128, wgmma=True, registers=True, cluster=2),
     Tile("registers_last_narrow", 31, _LAST, 1, 512, 64, wgmma=True, registers=True),
+    Tile("last_rows", 33, _LAST, 1, 240, 128, wgmma=True, any_length=True),
     Tile("last", 8, _LAST, 1, 256, 128),
     Tile("last_narrow", 9, _LAST, 1, 256, 64),
 )
@@ -149,9 +150,9 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     if SMALL_BATCH in tiles:
         return tiles[SMALL_BATCH]
     if problem.layout is Layout.BATCH_LAST:
-        registers = "registers_last" if problem.dtype == torch.float32 else _registers_last_tile(problem)
-        if registers in tiles:
-            return tiles[registers]
+        best = "registers_last" if problem.dtype == torch.float32 else _batch_last_tile(problem)
+        if best in tiles:
+            return tiles[best]
         return tiles["last_narrow" if b <= 64 else "last"]
     if "unaligned" in tiles and _wants_any_length(problem):
         return tiles["unaligned"]
@@ -173,26 +174,29 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
     return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
 
 
-def _registers_last_tile(problem: Problem) -> str | None:
-    """The name of the fastest 16-bit tile whose weights go to registers, None where an older one is faster.
+def _batch_last_tile(problem: Problem) -> str:
+    """The name of the fastest 16-bit tile whose weights go to registers, or of an older one where that is faster.
 
-    By the times of 167 patterns at n = 25,088 and 16 at 256 to 4,096 on one H100.
+    By the times of 160 aligned patterns at n = 25,088, 14 odd ones at 25,087, and 24 at 255 to 4,096 on one H100.
     """
     a, b, c, d = problem.pattern
-    # Rows that are no whole 16-byte pieces; weights are the tile's own question.
-    if problem.n % 8 != 0:
-        return None
-    halves, wholes = -(-b // 64), -(-b // 128)
+    n, halves, wholes = problem.n, -(-b // 64), -(-b // 128)
+    if n % 8 != 0 or c % 8 != 0:
+        # Where there are few tiles, the smaller ones of before have less to wait for.
+        tiles = a * d * wholes * -(-n // 240)
+        if tiles > 4 * HOPPER_SMS or (tiles > HOPPER_SMS and c <= 64):
+            return "last_rows"
+        return "last_narrow" if b <= 64 or a * d * halves * -(-n // 256) <= HOPPER_SMS else "last"
     if b <= 64:
-        units = a * d * -(-problem.n // 512)
-        return None if c <= 64 and (problem.n <= 256 or units <= HOPPER_SMS) else "registers_last_narrow"
+        few = a * d * -(-n // 512) <= HOPPER_SMS
+        return "last_narrow" if c <= 64 and (n <= 256 or few) else "registers_last_narrow"
     if b <= 128:
         return "registers_last"
-    if halves % 2 == 1 and c <= 256 and (c > 128 or wholes % 2 == 1):
+    if c <= 256 and (wholes % 2 == 1 or (halves % 2 == 1 and c > 128)):
         return "registers_last_narrow"
     # CTAs that share x also keep step, so that x comes from memory once; few tiles would wait for clusters.
-    many = a * d * wholes * -(-problem.n // 256) > HOPPER_SMS
-    return "registers_last_pair" if many and (wholes % 2 == 0 or c <= 256) else "registers_last"
+    many = a * d * wholes * -(-n // 256) > HOPPER_SMS
+    return "registers_last_pair" if many and wholes % 2 == 0 else "registers_last"
 
 
 def _registers_tile_float32(d: int) -> str:
