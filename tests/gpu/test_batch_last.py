@@ -1,4 +1,4 @@
-"""The 16-bit batch-last tiles that take weights to registers: rows of whole 16-byte pieces and rows that begin anywhere."""
+"""The 16-bit batch-last tiles for Hopper: rows of whole 16-byte pieces and rows that begin anywhere."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str
 DEVICE = torch.device("cuda")
 CAPABILITY = (8, 0) if NO_GPU else torch.cuda.get_device_capability()
 
-# Pattern, batch, features that the input and the output lack, elements before the input in its rows. Weights that stay, that
-# stream and that outgrow the L2; b below, at and beyond a tile; c that ends within a step; batches of less than a piece, that
-# end within a part, a sector and a tile, and of several tiles a unit.
+# Pattern, batch, features that input and output lack, elements before the input in its rows. Weights that stay, that stream
+# and that outgrow the L2; b below, at and beyond a tile; c that ends within a step; batches of less than a piece, that end
+# within a part, a sector and a tile, and of several tiles a unit.
 CASES = (
     ((2, 48, 48, 4), 264, 0, 0),
     ((1, 64, 64, 1), 1031, 0, 3),
@@ -49,7 +49,7 @@ CASES = (
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, dtype):
-    """Bias, activation, logical padding and views, on every such tile; what surrounds the input, and the output, is NaN."""
+    """Bias, activation, logical padding and views, on every such tile; around the input, and in the output, are NaN."""
     entries, n, pads, before = case
     pattern = Pattern(*entries)
     problem = Problem(pattern, n, dtype, "cuda", Layout.BATCH_LAST, capability=CAPABILITY)
