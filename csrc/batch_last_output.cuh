@@ -1,4 +1,4 @@
-// How y of batch_last_registers.cuh leaves: bias and activation, and rows of 128 n that the copy engine writes.
+// How y of batch_last_registers.cuh leaves: bias, activation, and every warp's 16 rows in parts of 128 n.
 #pragma once
 
 #include "batch_last_tile.cuh"

@@ -10,7 +10,7 @@
 // takes two neighbouring tiles along j; each fetches half of x for both.
 //
 //   x in shared memory: boxes of 64 n (128 bytes) of every k, [k][n], swizzled     w [j][k], rows of WK values, swizzled
-//   y leaves in parts of 128 n: the copy engine writes each of a warp's 16 rows (batch_last_output.cuh)
+//   y leaves by way of shared memory (batch_last_output.cuh)
 //
 // Shared memory: x_slots * XBytes + w_slots * WBytes + RawBytes + YBytes + BarrierBytes.
 // Source: the pattern is that of arXiv:2405.15013; the kernel is new.

@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str
 DEVICE = torch.device("cuda")
 CAPABILITY = (8, 0) if NO_GPU else torch.cuda.get_device_capability()
 
-# Pattern, batch, features that input and output lack, elements before the input in its rows. Weights that stay, that stream
-# and that outgrow the L2; b below, at and beyond a tile; c that ends within a step; batches of less than a piece, that end
-# within a part, a sector and a tile, and of several tiles a unit.
+# Pattern, batch, features that input and output lack, elements before the input in its rows. Weights that stay, that
+# stream and that outgrow the L2; b below, at and beyond a tile; c that ends within a step; batches of less than a
+# piece, that end within a part, a sector and a tile, and of several tiles a unit.
 CASES = (
     ((2, 48, 48, 4), 264, 0, 0),
     ((1, 64, 64, 1), 1031, 0, 3),
