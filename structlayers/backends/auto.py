@@ -98,7 +98,11 @@ GPU_RATES = {
 }
 # Reading and writing everything once, as a share of the copy rate; with d > 1, bmm copies its input and output first,
 # the more slowly the further the elements of a block lie apart.
-CUDA_SHARE, BMM_SHARE, BMM_PERMUTED_SHARE, BMM_FAR_SHARE = 0.6, 0.7, 0.16, 0.085
+CUDA_SHARE, BMM_SHARE = 0.6, 0.7
+# By bytes of an element: of what bmm copies, near and far apart, and the calls that copy and multiply. By hand from 112
+# products at n = 256 and 4,096 on one H100.
+BMM_PERMUTED_SHARES = {2: (0.16, 0.085), 4: (0.3, 0.16)}
+BMM_PERMUTED_CALL_S = 11.0e-6
 # The same for the kernel of small blocks, and where runs or rows are not whole 16-byte pieces.
 SMALL_BLOCKS_SHARE, ELEMENTS_SHARE = 0.27, 0.05
 # What the wgmma tiles move between the L2 and the SMs, counted as in `_kernel_s`.
@@ -121,17 +125,17 @@ REGISTERS_LAST_S = {
 LAST_ROWS_SHARE = 0.52
 LAST_ROWS_STEP_S, LAST_ROWS_STREAMED_STEP_S, LAST_ROWS_RESIDENT_C = 0.8e-6, 1.4e-6, 256
 LAST_ROWS_TILE_S, LAST_ROWS_TILE_S_PER_B = 2.0e-6, 1.9e-8
-# The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last a smaller
-# one, which decides at short b and c: the paper's grid on one H100), and the seconds of a
-# step of k of one tile on one SM (float32, TF32), fitted by hand to 66 products on one H100; batch-last and d = 2 to
-# 300 products with the tiles of before.
-SPLIT_SHARE, SPLIT_LAST_SHARE = 0.58, 0.5
+# The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last less,
+# which decides at short b and c), the seconds of a step of k of one tile on one SM (float32, TF32), and the least of a
+# batch-last kernel; by hand from the paper's grid and 80 patterns in TF32 on one H100, but d = 1 and 2 and TF32
+# batch-last, by 66 and 300 products with earlier tiles.
+SPLIT_SHARE, SPLIT_LAST_SHARE, SPLIT_LAST_LEAST_S = 0.58, 0.5, 8e-6
 SPLIT_STEP_S = {
     "registers1": (1.3e-6, 0.8e-6),
     "registers2": (2.0e-6, 1.8e-6),
-    "registers4": (1.55e-6, 1.15e-6),
-    "registers8": (2.5e-6, 2.7e-6),
-    "registers_last": (1.55e-6, 1.2e-6),
+    "registers4": (1.4e-6, 0.75e-6),
+    "registers8": (2.1e-6, 2.2e-6),
+    "registers_last": (1.35e-6, 1.2e-6),
 }
 # The tile of rows and blocks of any length: the share of the copy rate, and FLOP/s where its sums bind, by hand from 40
 # products on one H100 (tf32 only by what its steps cost elsewhere). Weights of 16 bits with more k than these are
@@ -141,10 +145,10 @@ UNALIGNED_FLOP_PER_S = {"16bit": 1.3e14, "tf32": 3.1e13, "float32": 2.6e13}
 UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
 # The least time of a 16-bit kernel, and more for every k of a block: what a tile takes where there are few of them. By
 # hand from pairs of kernels of 15 chains at n = 512 on one H100 (0.85 to 1.15 times what was measured).
-KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.4e-8
+KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.6e-8
 # Batch-last, where rows of N are no whole 16-byte pieces of 16 bits: what a dense product reaches, and how much longer
-# bmm takes; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
-ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM = 1.45e14, 1.55
+# bmm takes, with copies and without; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
+ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM, ODD_BATCH_BMM_IN_PLACE = 1.45e14, 1.55, 3.6
 # By the same: how much longer the kernels take where pieces of rows are put together, batch-last, and where rows of
 # float32 weights are, batch-first.
 UNALIGNED_LAST, UNALIGNED_WEIGHTS = 1.8, 2.0
@@ -201,7 +205,7 @@ ONE_BLOCK_COSTS = {
 }
 # The arithmetic of float32 products by cuBLAS, which counts beside the weights for more than one row: 16 rows of
 # (24,768,768,4) take 224 us, one row 84.
-SMALL_BATCH_FLOAT32_FLOP_PER_S = 1.4e13
+SMALL_BATCH_FLOAT32_FLOP_PER_S, SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S = 1.4e13, 2.0e13
 # Rows of weights that are not whole 16-byte pieces come element by element; not measured.
 SMALL_BATCH_ELEMENTS = 4
 
@@ -219,7 +223,8 @@ def small_batch_cost_s(name: str, problem: Problem) -> float:
     seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written)
     seconds += costs.k * (pattern.c if name == "cuda" else min(pattern.c, MOST_SERIAL_K))
     if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
-        seconds += pattern.flops(n) / SMALL_BATCH_FLOAT32_FLOP_PER_S
+        last = problem.layout is Layout.BATCH_LAST
+        seconds += pattern.flops(n) / (SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S if last else SMALL_BATCH_FLOAT32_FLOP_PER_S)
     if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
         seconds += costs.interleaved
     return seconds + costs.reread_byte * read * pattern.b / 64
@@ -242,15 +247,20 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
         moved = n * (pattern.in_features + pattern.out_features) + 3 * elements
         return 10 * CALL_S + max(moved * itemsize / COPY_BYTES_PER_S / BMM_SHARE, arithmetic)
     if name == "bmm":
-        traffic = round(traffic * (ODD_BATCH_BMM if odd_batch else 1))
         smallest = min(pattern.b, pattern.c)
         small = 1 + BMM_FLOAT32_HALF_RATE / smallest if itemsize == 4 and not problem.tf32 else 1
         arithmetic = max(pattern.flops(n) / rates.matmul * small, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
         if pattern.d > 1 and not (last and pattern.a == 1):
-            share = BMM_FAR_SHARE if pattern.d >= 32 and not last else BMM_PERMUTED_SHARE
-            return 3 * CALL_S + traffic / COPY_BYTES_PER_S / share + arithmetic
+            near, far = BMM_PERMUTED_SHARES[min(itemsize, 4)]
+            weights = pattern.nnz * itemsize
+            copied = (
+                (traffic - weights)
+                * (ODD_BATCH_BMM if odd_batch else 1)
+                / (far if pattern.d >= 32 and not last else near)
+            )
+            return BMM_PERMUTED_CALL_S + (copied + weights / BMM_SHARE) / COPY_BYTES_PER_S + arithmetic
         odd = itemsize == 2 and not last and (pattern.b % 8 != 0 or pattern.c % 8 != 0)
-        share = BMM_ELEMENTS_SHARE if odd else BMM_SHARE
+        share = BMM_ELEMENTS_SHARE if odd else BMM_SHARE / (ODD_BATCH_BMM_IN_PLACE if odd_batch else 1)
         return CALL_S + max(traffic / COPY_BYTES_PER_S / share, arithmetic)
     least = KERNEL_LEAST_S + KERNEL_LEAST_S_PER_C * pattern.c if itemsize == 2 else 0.0
     return CALL_S + max(least, _kernel_s(problem, rates, traffic))
@@ -292,7 +302,8 @@ def _whole_kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
         steps = 1 + -(-c // (32 if tile.run <= 2 else 16))
         step_s = SPLIT_STEP_S[tile.name][problem.tf32]
         share = SPLIT_LAST_SHARE if last else SPLIT_SHARE
-        return max(traffic / COPY_BYTES_PER_S / share, -(-tiles // HOPPER_SMS) * steps * step_s)
+        arithmetic = -(-tiles // HOPPER_SMS) * steps * step_s
+        return max(traffic / COPY_BYTES_PER_S / share, arithmetic, SPLIT_LAST_LEAST_S if last else 0.0)
     if tile.registers and last:
         tiles = (
             -(-problem.n // tile.rows) * problem.pattern.n_blocks * -(-b // tile.columns // tile.cluster) * tile.cluster
@@ -368,8 +379,8 @@ def _pair_cycles(problem: PairProblem, tile: PairTile) -> float:
 
 # Fitted to 11 chainable pairs (products of 256 to 17 million elements) on the CPU of the costs above.
 CPU_MERGE_CALL_S, CPU_MERGE_ELEMENT_S = 1.3e-5, 1.3e-9
-# Both factors and the product are permuted around one batched product.
-GPU_MERGE_CALLS = 4
+# Both factors and the product are permuted around one batched product, at that share of the copy rate.
+GPU_MERGE_CALLS, MERGE_SHARE = 4, 0.16
 # The compiled kernel of merging.py: a launch, and its multiply-adds (18 us for two halves of radix-2 4096 on one H100).
 MERGE_CALL_S, MERGE_PRODUCTS_PER_S = 4e-6, 1e11
 
@@ -380,7 +391,7 @@ def merge_cost_s(link: Link, dtype: torch.dtype, device_type: str) -> float:
     flops = 2 * link.product.nnz * link.rank
     if device_type == "cpu":
         return CPU_MERGE_CALL_S + CPU_MERGE_ELEMENT_S * elements + SECONDS_PER_FLOP * flops
-    traffic = elements * dtype.itemsize / COPY_BYTES_PER_S / BMM_PERMUTED_SHARE
+    traffic = elements * dtype.itemsize / COPY_BYTES_PER_S / MERGE_SHARE
     return GPU_MERGE_CALLS * CALL_S + traffic + flops / _gpu_rates(dtype, False).matmul
 
 
