@@ -148,7 +148,7 @@ def test_batch_last_tiles_go_by_how_blocks_divide():
         assert chosen(256, dtype=dtype, n=256) == "registers_last"
         assert [chosen(48, c, dtype, 256) for c in (64, 72)] == ["last_narrow", "registers_last_narrow"]
         # What is not made of whole 16-byte pieces.
-        few = [chosen(256, 96, dtype, 2047), chosen(64, 97, dtype, 2047), chosen(256, 97, dtype, 255)]
+        few = [chosen(256, 96, dtype, 1023), chosen(64, 97, dtype, 1023), chosen(256, 97, dtype, 255)]
         assert few == ["last", "last_narrow", "last_narrow"]
         assert [chosen(b, dtype=dtype, hopper=False) for b in (64, 65)] == ["last_narrow", "last"]
     assert [chosen(b, dtype=torch.float32) for b in (48, 256)] == ["registers_last"] * 2

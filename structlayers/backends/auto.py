@@ -127,12 +127,12 @@ LAST_ROWS_STEP_S, LAST_ROWS_STREAMED_STEP_S, LAST_ROWS_RESIDENT_C = 0.8e-6, 1.4e
 LAST_ROWS_TILE_S, LAST_ROWS_TILE_S_PER_B = 2.0e-6, 1.9e-8
 # The float32 tiles whose operands go to registers: the share of the copy rate that they reach (batch-last less,
 # which decides at short b and c), the seconds of a step of k of one tile on one SM (float32, TF32), and the least of a
-# batch-last kernel; by hand from the paper's grid and 80 patterns in TF32 on one H100, but d = 1 and 2 and TF32
-# batch-last, by 66 and 300 products with earlier tiles.
+# batch-last kernel; by hand from the paper's grid and 80 patterns in TF32 on one H100, but d = 1 and TF32
+# batch-last, by 66 products with earlier tiles.
 SPLIT_SHARE, SPLIT_LAST_SHARE, SPLIT_LAST_LEAST_S = 0.58, 0.5, 8e-6
 SPLIT_STEP_S = {
     "registers1": (1.3e-6, 0.8e-6),
-    "registers2": (2.0e-6, 1.8e-6),
+    "registers2": (1.3e-6, 0.75e-6),
     "registers4": (1.4e-6, 0.75e-6),
     "registers8": (2.1e-6, 2.2e-6),
     "registers_last": (1.35e-6, 1.2e-6),
@@ -147,7 +147,8 @@ UNALIGNED_RESIDENT_C, UNALIGNED_STREAMED_FLOP_PER_S = 256, 8.5e13
 # hand from pairs of kernels of 15 chains at n = 512 on one H100 (0.85 to 1.15 times what was measured).
 KERNEL_LEAST_S, KERNEL_LEAST_S_PER_C = 2.5e-6, 1.6e-8
 # Batch-last, where rows of N are no whole 16-byte pieces of 16 bits: what a dense product reaches, and how much longer
-# bmm takes, with copies and without; by hand from eight patterns of odd sizes at n = 25,087 on one H100.
+# bmm takes, with copies and without (there also where c is odd); by hand from eight patterns of odd sizes at n = 25,087
+# on one H100.
 ODD_BATCH_FLOP_PER_S, ODD_BATCH_BMM, ODD_BATCH_BMM_IN_PLACE = 1.45e14, 1.55, 3.6
 # By the same: how much longer the kernels take where pieces of rows are put together, batch-last, and where rows of
 # float32 weights are, batch-first.
@@ -157,8 +158,12 @@ BMM_ELEMENTS_SHARE = 0.15
 # What float32 products of small blocks reach of the rate of large ones, b, c / (b, c + this): 13, 19, 28 and 45 TFLOP/s
 # at 32, 64, 192 and 1,024 on one H100.
 BMM_FLOAT32_HALF_RATE = 90
-# A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms.
-BMM_ROW_BLOCK_S = 4.8e-11
+# A row times a block, however small the block: (1024,2,2,1) at n = 25,088 takes 1.24 ms; batch-last in place,
+# (1,8,8,512) 0.24 ms.
+BMM_ROW_BLOCK_S, BMM_ROW_BLOCK_IN_PLACE_S = 4.8e-11, 1.9e-11
+# Below this b + c, it reaches less of the copy rate batch-first: (256,32,32,1) takes 1.5 times as long as (64,64,64,1)
+# a byte.
+BMM_SHORT_ROWS = 96
 
 
 def _precision(dtype: torch.dtype, tf32: bool) -> str:
@@ -249,8 +254,10 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
     if name == "bmm":
         smallest = min(pattern.b, pattern.c)
         small = 1 + BMM_FLOAT32_HALF_RATE / smallest if itemsize == 4 and not problem.tf32 else 1
-        arithmetic = max(pattern.flops(n) / rates.matmul * small, BMM_ROW_BLOCK_S * n * pattern.n_blocks)
-        if pattern.d > 1 and not (last and pattern.a == 1):
+        in_place = last and pattern.a == 1
+        row_block_s = BMM_ROW_BLOCK_IN_PLACE_S if in_place else BMM_ROW_BLOCK_S
+        arithmetic = max(pattern.flops(n) / rates.matmul * small, row_block_s * n * pattern.n_blocks)
+        if pattern.d > 1 and not in_place:
             near, far = BMM_PERMUTED_SHARES[min(itemsize, 4)]
             weights = pattern.nnz * itemsize
             copied = (
@@ -259,8 +266,9 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
                 / (far if pattern.d >= 32 and not last else near)
             )
             return BMM_PERMUTED_CALL_S + (copied + weights / BMM_SHARE) / COPY_BYTES_PER_S + arithmetic
-        odd = itemsize == 2 and not last and (pattern.b % 8 != 0 or pattern.c % 8 != 0)
-        share = BMM_ELEMENTS_SHARE if odd else BMM_SHARE / (ODD_BATCH_BMM_IN_PLACE if odd_batch else 1)
+        share = BMM_SHARE if last else BMM_SHARE * min(1.0, (pattern.b + pattern.c) / BMM_SHORT_ROWS)
+        if itemsize == 2 and (pattern.c % 8 != 0 or (n if last else pattern.b) % 8 != 0):
+            share = BMM_SHARE / ODD_BATCH_BMM_IN_PLACE if last else BMM_ELEMENTS_SHARE
         return CALL_S + max(traffic / COPY_BYTES_PER_S / share, arithmetic)
     least = KERNEL_LEAST_S + KERNEL_LEAST_S_PER_C * pattern.c if itemsize == 2 else 0.0
     return CALL_S + max(least, _kernel_s(problem, rates, traffic))

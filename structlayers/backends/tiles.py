@@ -183,8 +183,8 @@ def _batch_last_tile(problem: Problem) -> str:
     n, halves, wholes = problem.n, -(-b // 64), -(-b // 128)
     if n % 8 != 0 or c % 8 != 0:
         # Where there are few tiles, the smaller ones of before have less to wait for.
-        tiles = a * d * wholes * -(-n // 240)
-        if tiles > 4 * HOPPER_SMS or (tiles > HOPPER_SMS and c <= 64):
+        rounds = a * d * wholes * -(-n // 240) / HOPPER_SMS
+        if rounds > 4 or (n >= 1024 and rounds > (1 if c <= 64 else 2)):
             return "last_rows"
         return "last_narrow" if b <= 64 or a * d * halves * -(-n // 256) <= HOPPER_SMS else "last"
     if b <= 64:
