@@ -238,8 +238,9 @@ def _steps(problem: ChainProblem, when: str, fuse: bool, most_bytes: float = flo
             merged[operand.start, operand.stop] = operand, merge_s
         single = problem.single(operand.pattern)
         tuned = tuning.lookup(single)
-        name = _written_out_backend(single) if operand.written_out else resolve("auto", single).name
-        cost_s = auto.cost_s(name, single, tuned)
+        alone = (operand.start, operand.stop) == (0, len(chain))
+        name = _written_out_backend(single) if operand.written_out else _factor_backend(single, alone)
+        cost_s = auto.cost_s(name, single, tuned) + (0.0 if alone else auto.neighbours_lose_s(name, single))
         if operand.written_out and when == "once" and problem.device_type == "cuda":
             cost_s *= DENSE_PREFERENCE
         yield Step((operand,), name, merge_s + cost_s)
@@ -256,6 +257,15 @@ def _steps(problem: ChainProblem, when: str, fuse: bool, most_bytes: float = flo
             tuned = tuning.lookup(pair)
             if tuned is None or tuned.backend == FUSED:
                 yield Step((left, right), FUSED, left_s + right_s + auto.pair_cost_s(pair, tuned))
+
+
+def _factor_backend(single: Problem, alone: bool) -> str:
+    """What ``backend="auto"`` takes, unless by estimate the neighbours lose more by it than it gains on the kernel."""
+    name = resolve("auto", single).name
+    lost_s = 0.0 if alone else auto.neighbours_lose_s(name, single)
+    if lost_s == 0 or tuning.lookup(single) is not None or cuda.reason_against(single) is not None:
+        return name
+    return "cuda" if auto.cost_s("cuda", single) < auto.cost_s(name, single) + lost_s else name
 
 
 def _written_out_backend(single: Problem) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from structlayers import KSLinear, Layout, Pattern
 from structlayers.backends import BACKENDS, available_backends, resolve
 from structlayers.backends.auto import CPU_COSTS, GPU_CANDIDATES, choose, cpu_cost_s, gpu_cost_s
 from structlayers.bench import grid
+from structlayers.bench.heuristic import model_choices
+from structlayers.bench.kernel_rows import read_rows
 from structlayers.problem import Problem
 
 LAYOUTS = tuple(Layout)
@@ -90,7 +95,7 @@ def test_small_batches_on_a_gpu(dtype, layout):
             assert 0 < times[0] <= times[1] <= times[2] < 1e-3
     odd, whole = (gpu_cost_s("cuda", problem((1, 512, c, 8), 1, layout, dtype, "cuda")) for c in (511, 512))
     assert odd > whole
-    assert choose(problem((1, 128, 128, 64), 1, layout, dtype, "cuda"), compiled=True) == "cuda"
+    assert choose(problem((2, 128, 128, 64), 1, layout, dtype, "cuda"), compiled=True) == "cuda"
     assert choose(problem((64, 64, 64, 1), 1, layout, dtype, "cuda"), compiled=True) == "cuda"
 
 
@@ -142,3 +147,21 @@ def on_hopper(entries, dtype=torch.bfloat16) -> Problem:
 )
 def test_choices_where_nothing_is_made_of_whole_pieces(entries, dtype, expected):
     assert choose(on_hopper(entries, dtype), compiled=True) == expected
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROWS = [*BENCHMARKS.glob("grid_h100*.jsonl.gz"), *BENCHMARKS.glob("kernels_h100*.jsonl.gz")]
+
+
+@pytest.mark.skipif(not ROWS, reason="no committed rows")
+def test_choices_by_the_committed_rows():
+    """What was measured says how much slower the choice is than the fastest: the target, at every batch."""
+    by_batch = defaultdict(list)
+    for path in ROWS:
+        for choice in model_choices(read_rows(path)):
+            by_batch[choice.row.n].append(choice)
+    assert {1, 16, 256, 4096, 25087, 25088} <= by_batch.keys()
+    for n, choices in by_batch.items():
+        worst = max(choices, key=lambda choice: choice.regret)
+        assert statistics.median(choice.regret for choice in choices) <= 0.03, n
+        assert worst.regret <= 0.2, f"n = {n}: {worst.row.pattern} {worst.row.dtype}: {worst.chosen}, not {worst.best}"

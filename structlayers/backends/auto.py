@@ -187,6 +187,8 @@ class SmallBatchCosts:
     reread_byte: float = 0.0
     # Every k of a block's rows; of cuBLAS's, up to MOST_SERIAL_K.
     k: float = 0.0
+    # Every byte of the input and the output, where blocks are interleaved.
+    interleaved_byte: float = 0.0
 
 
 # Up to SMALL_BATCH_ROWS rows, where a product is a launch and the time in which its weights arrive. Fitted by
@@ -194,23 +196,27 @@ class SmallBatchCosts:
 # batches of 1 and 64: layers of 256 to 8,192 features, dense (1,247), one block by the kernel (263), and Monarch chains
 # of 2 to 64 blocks, two kernels (231) or one with bmm (57); 5 to 95 %: 0.87 to 1.09 times what was measured. Of an
 # earlier fit, to 18 chains and 76 layers, are what interleaved blocks cost bmm and what a byte of the rows of one block
-# costs the kernel: the rows of the later one say nothing of them. A call of bmm holds the 1.9 us that its neighbours
-# lose: they can no longer begin before it ends.
+# costs the kernel: the rows of the later one say nothing of them. A byte of interleaved rows costs bmm about so much at
+# a batch of 64 and up to five times at 16.
 SMALL_BATCH_COSTS = {
     "cuda": SmallBatchCosts(2.77e-6, 0.0, 0.387e-12, 1.07e-12, 1.44e-12, k=0.37e-9),
-    "bmm": SmallBatchCosts(4.94e-6, 4.2e-6, 0.323e-12, 0.0, k=0.86e-9),
+    "bmm": SmallBatchCosts(3.04e-6, 4.2e-6, 0.323e-12, 0.0, k=0.86e-9, interleaved_byte=0.5e-12),
 }
 # cuBLAS shares longer sums out.
 MOST_SERIAL_K = 5120
+# How much longer the kernel takes batch-last, by 14 patterns in float32 at a batch of 1.
+SMALL_BATCH_LAST_S = 0.45e-6
+# What the neighbours of bmm in a chain lose, which can no longer begin before it ends.
+SMALL_BATCH_NEIGHBOURS_S = 1.9e-6
 # Of a factor that is one block; bmm is then what dense is, behind its longer call.
 ONE_BLOCK_COSTS = {
     "cuda": SmallBatchCosts(2.47e-6, 0.0, 0.368e-12, 6.8e-12, k=0.49e-9),
     "dense": SmallBatchCosts(3.0e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
-    "bmm": SmallBatchCosts(4.94e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
+    "bmm": SmallBatchCosts(3.04e-6, 0.0, 0.296e-12, 0.13e-12, k=0.66e-9),
 }
 # The arithmetic of float32 products by cuBLAS, which counts beside the weights for more than one row: 16 rows of
-# (24,768,768,4) take 224 us, one row 84.
-SMALL_BATCH_FLOAT32_FLOP_PER_S, SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S = 1.4e13, 2.0e13
+# (24,768,768,4) take 224 us, one row 84. More of it where bmm copies batch-last, by eight products.
+SMALL_BATCH_FLOAT32_FLOP_PER_S, SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S, SMALL_BATCH_FLOAT32_S = 1.4e13, 2.0e13, 0.8e-6
 # Rows of weights that are not whole 16-byte pieces come element by element; not measured.
 SMALL_BATCH_ELEMENTS = 4
 
@@ -227,11 +233,17 @@ def small_batch_cost_s(name: str, problem: Problem) -> float:
         weights *= SMALL_BATCH_ELEMENTS
     seconds = costs.call + costs.weight_byte * weights + costs.row_byte * (read + written)
     seconds += costs.k * (pattern.c if name == "cuda" else min(pattern.c, MOST_SERIAL_K))
+    in_place = problem.layout is Layout.BATCH_LAST and pattern.a == 1
+    if name == "cuda" and problem.layout is Layout.BATCH_LAST:
+        seconds += SMALL_BATCH_LAST_S
     if name != "cuda" and n > 1 and itemsize == 4 and not problem.tf32:
-        last = problem.layout is Layout.BATCH_LAST
-        seconds += pattern.flops(n) / (SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S if last else SMALL_BATCH_FLOAT32_FLOP_PER_S)
-    if pattern.d > 1 and not (name == "bmm" and problem.layout is Layout.BATCH_LAST and pattern.a == 1):
-        seconds += costs.interleaved
+        copied_last = problem.layout is Layout.BATCH_LAST and not in_place
+        seconds += SMALL_BATCH_FLOAT32_S
+        seconds += pattern.flops(n) / (
+            SMALL_BATCH_FLOAT32_LAST_FLOP_PER_S if copied_last else SMALL_BATCH_FLOAT32_FLOP_PER_S
+        )
+    if pattern.d > 1 and not (name == "bmm" and in_place):
+        seconds += costs.interleaved + costs.interleaved_byte * (read + written)
     return seconds + costs.reread_byte * read * pattern.b / 64
 
 
@@ -416,6 +428,12 @@ def cost_s(name: str, problem: Problem, tuned: Entry | None = None) -> float:
     if problem.device_type == "cpu":
         return cpu_cost_s(name if name in CPU_COSTS[problem.layout] else "bmm", problem)
     return gpu_cost_s(name, problem)
+
+
+def neighbours_lose_s(name: str, problem: Problem) -> float:
+    """Estimated seconds that a product costs those before and after it in a chain, beside its own time."""
+    few = problem.device_type != "cpu" and 0 < problem.n <= SMALL_BATCH_ROWS
+    return SMALL_BATCH_NEIGHBOURS_S if few and name == "bmm" else 0.0
 
 
 # What auto chooses from on a GPU; einsum is bmm with more copies, but the tuning cache may know better.

@@ -19,7 +19,7 @@ from structlayers.bench.rows import Row
 from structlayers.patterns import Pattern
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = sorted((ROOT / "benchmarks").glob("kernels_*.jsonl"))
+COMMITTED = sorted((ROOT / "benchmarks").glob("kernels_*.jsonl*"))
 
 
 def result(name, time, energy=None, **more):
