@@ -31,6 +31,7 @@ from structlayers.bench.chain_cases import SUITES, ChainCase, chain_cases
 from structlayers.bench.compare import describe_error, room_to_compile
 from structlayers.bench.cost import peak_memory
 from structlayers.bench.energy import EnergyColumn
+from structlayers.bench.jsonl import check_appendable
 from structlayers.bench.machine import Roofline, measure_roofline
 from structlayers.bench.products import check_output, fill_timings, float32_precision, rows_to_check
 from structlayers.bench.results import Result
@@ -230,6 +231,7 @@ def measure(options: argparse.Namespace) -> Iterator[CaseRow]:
 def run(options: argparse.Namespace) -> None:
     """What the command does once its options are read."""
     if not options.summary:
+        check_appendable(options.out)
         deadline, log = Deadline(options.minutes), WandbLog(options.wandb, vars(options))
         for row in measure(options):
             append_row(options.out, row)

@@ -24,13 +24,18 @@ def compact(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def check_appendable(path: Path) -> None:
+    """Raises ``DataError`` for a compressed file: those are for keeping."""
+    if path.suffix == COMPRESSED:
+        raise DataError(f"{path}: rows are not added to a compressed file: expected another name than *{COMPRESSED}")
+
+
 def append_lines(path: Path, values: Sequence[object]) -> None:
     """Append JSON lines, on disk at once, after cutting off a last line that a killed run left unfinished.
 
-    Raises ``DataError`` for a compressed file: those are for keeping.
+    Raises as :func:`check_appendable`.
     """
-    if path.suffix == COMPRESSED:
-        raise DataError(f"{path}: rows are not added to a compressed file: expected another name than *{COMPRESSED}")
+    check_appendable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
     with path.open("ab+") as file:

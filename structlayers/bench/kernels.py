@@ -17,6 +17,7 @@ import torch
 from structlayers.backends import tuning
 from structlayers.bench import grid
 from structlayers.bench.energy import EnergyColumn
+from structlayers.bench.jsonl import check_appendable
 from structlayers.bench.kernel_rows import HEADER, KernelRow, append_row, line, read_rows, summary
 from structlayers.bench.machine import measure_roofline
 from structlayers.bench.overhead import overhead_table
@@ -152,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
     for name in options.backends:
         check_contender(name)
     if not options.summary:
+        check_appendable(options.out)
         deadline, problems = Deadline(min(options.minutes, options.seconds / 60)), cases(options)
         if options.cache is not None:
             tuning.load(options.cache)

@@ -17,6 +17,7 @@ from structlayers.bench.chain_cases import chain_cases
 from structlayers.bench.chain_training import CAPTURED, EAGER, time_training, training_floor_ms
 from structlayers.bench.chains import line
 from structlayers.bench.energy import EnergyColumn
+from structlayers.bench.jsonl import check_appendable
 from structlayers.bench.machine import measure_roofline
 from structlayers.bench.nvml import device_state
 from structlayers.bench.sweep import (
@@ -148,6 +149,7 @@ def _plan(options: argparse.Namespace) -> TimingPlan:
 def run(options: argparse.Namespace) -> None:
     """What the command does once its options are read."""
     if not options.summary:
+        check_appendable(options.out)
         deadline, log = Deadline(options.minutes), WandbLog(options.wandb, vars(options))
         for row in measure(options):
             append_row(options.out, row)

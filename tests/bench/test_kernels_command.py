@@ -240,3 +240,9 @@ def test_rows_come_back_and_broken_lines_are_named(tmp_path):
     path.write_text(path.read_text() + json.dumps({"pattern": [1, 2, 3]}) + "\n")
     with pytest.raises(DataError, match="line 2: not a row"):
         read_rows(path)
+
+
+def test_a_compressed_file_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"rows\.jsonl\.gz: rows are not added to a compressed file"):
+        command(tmp_path / "rows.jsonl.gz", *TWO)
