@@ -147,23 +147,6 @@ class BatchFirstRegisters : UnitWalk<Tile> {
     copy_async_wait<0>();
   }
 
-  __device__ __forceinline__ void fetch_w() const {
-    Ring ring;
-    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
-      const Place at = place(unit);
-      const int times = s.resident ? min(at.tiles, 1) : at.tiles;
-      for (int tile = 0; tile < times; ++tile) {
-        for (int k = 0; k < p.c; k += Tile::WK) {
-          const uint32_t full = w_full + 8 * ring.slot;
-          barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
-          barrier_expect(full, Tile::WBytes);
-          copy_box(w_base + ring.slot * Tile::WBytes, maps.w, full, k, at.j0, at.i * p.d + at.l0);
-          ring.advance(s.w_slots);
-        }
-      }
-    }
-  }
-
   // ---- x: shared memory to registers
 
   // The values of l and j, and the rows within a tile, that this warp holds.
@@ -486,7 +469,7 @@ class BatchFirstRegisters : UnitWalk<Tile> {
       } else {
         if (lane == 0 && warp == 0) fetch_x();
       }
-      if (lane == 0 && warp == Tile::XWarps) fetch_w();
+      if (lane == 0 && warp == Tile::XWarps) this->fetch_w(maps.w, w_base, w_full, w_empty);
       __syncwarp();
     } else {
       take_registers<232>();

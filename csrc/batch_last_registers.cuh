@@ -54,26 +54,9 @@ struct LastPieces : LastFrame<Tile> {
     }
   }
 
-  __device__ __forceinline__ void fetch_w() const {
-    Ring ring;
-    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
-      const Place at = place(unit);
-      const int times = s.resident ? min(at.tiles, 1) : at.tiles;
-      for (int tile = 0; tile < times; ++tile) {
-        for (int k = 0; k < p.c; k += Tile::WK) {
-          const uint32_t full = w_full + 8 * ring.slot;
-          barrier_wait(w_empty + 8 * ring.slot, ring.parity ^ 1);
-          barrier_expect(full, Tile::WBytes);
-          copy_box(w_base + ring.slot * Tile::WBytes, w_map, full, k, at.j0, at.i * p.d + at.l0);
-          ring.advance(s.w_slots);
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ void fetch() const {
     if (warp == 0 && lane == 0) fetch_x();
-    if (warp == 1 && lane == 0) fetch_w();
+    if (warp == 1 && lane == 0) this->fetch_w(w_map, w_base, w_full, w_empty);
     __syncwarp();
   }
 };
@@ -185,6 +168,7 @@ class BatchLastRegisters : LastOutput<LastFetch<Tile>> {
     }
     __syncthreads();
     if constexpr (Tile::Cluster > 1) cluster_sync();
+    // What threads keep and take adds up to the 168 registers that each of the three warpgroups was launched with.
     if (group == 2) {
       keep_registers<Tile::Strided ? 88 : 40>();
       this->fetch();

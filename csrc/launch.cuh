@@ -109,7 +109,6 @@ cudaError_t launch_small_blocks(const Product& p, cudaStream_t stream) {
 }
 
 // Batch-first: DL, LW, warps along n and j, warp tile n x j, bytes of K per step, stages of w, parts of y.
-// Batch-last: warps along j and n, warp tile j x n, bytes of K per step, stages.
 template <typename T>
 cudaError_t launch_16bit(const Product& p, bool batch_last, int tile, cudaStream_t stream) {
   switch (tile) {

@@ -74,6 +74,24 @@ struct UnitWalk {
     at.tiles = static_cast<int>(max(min(tiles_n - first, static_cast<int64_t>(s.unit_tiles)), int64_t{0}));
     return at;
   }
+
+  // By one thread: the slots of w from `base` on, once for a unit where w stays.
+  __device__ __forceinline__ void fetch_w(const CUtensorMap& map, uint32_t base, uint32_t full_barriers, uint32_t empty_barriers) const {
+    Ring ring;
+    for (unsigned unit = blockIdx.x / Tile::Cluster; unit < s.units; unit += gridDim.x / Tile::Cluster) {
+      const Place at = place(unit);
+      const int times = s.resident ? min(at.tiles, 1) : at.tiles;
+      for (int tile = 0; tile < times; ++tile) {
+        for (int k = 0; k < p.c; k += Tile::WK) {
+          const uint32_t full = full_barriers + 8 * ring.slot;
+          barrier_wait(empty_barriers + 8 * ring.slot, ring.parity ^ 1);
+          barrier_expect(full, Tile::WBytes);
+          copy_box(base + ring.slot * Tile::WBytes, map, full, k, at.j0, at.i * p.d + at.l0);
+          ring.advance(s.w_slots);
+        }
+      }
+    }
+  }
 };
 
 }  // namespace structlayers
