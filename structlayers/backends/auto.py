@@ -12,7 +12,7 @@ import torch
 
 from structlayers.backends.bmm import group_size
 from structlayers.backends.fused import PairProblem, PairTile, choose_pair_tile, rounds_of
-from structlayers.backends.tiles import HOPPER_SMS, SMALL_BATCH_ROWS, SMALL_BLOCKS, choose_tile
+from structlayers.backends.tiles import HOPPER_SMS, SMALL_BATCH_ROWS, SMALL_BLOCKS, Tile, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
@@ -286,6 +286,13 @@ def gpu_cost_s(name: str, problem: Problem) -> float:
     return CALL_S + max(least, _kernel_s(problem, rates, traffic))
 
 
+def _rounds(problem: Problem, tile: Tile) -> int:
+    """How many tiles the busiest SM takes; clusters along j are whole."""
+    a, b, _, d = problem.pattern
+    tiles_j = -(-b // tile.columns // tile.cluster) * tile.cluster
+    return -(-(-(-problem.n // tile.rows) * a * -(-d // tile.run) * tiles_j) // HOPPER_SMS)
+
+
 def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     """Estimated seconds of the compiled kernel alone; ``traffic`` in bytes, everything read and written once."""
     _, b, c, d = problem.pattern
@@ -296,11 +303,11 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     if tile.name == SMALL_BLOCKS:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
     if tile.any_length and last:
-        tiles = -(-problem.n // tile.rows) * problem.pattern.n_blocks * -(-b // tile.columns)
         step_s = LAST_ROWS_STEP_S if c <= LAST_ROWS_RESIDENT_C else LAST_ROWS_STREAMED_STEP_S
         rest_s = LAST_ROWS_TILE_S + LAST_ROWS_TILE_S_PER_B * min(b, tile.columns)
-        arithmetic = -(-tiles // HOPPER_SMS) * (-(-c // 32) * step_s + rest_s)
-        return max(traffic / COPY_BYTES_PER_S / LAST_ROWS_SHARE, arithmetic)
+        return max(
+            traffic / COPY_BYTES_PER_S / LAST_ROWS_SHARE, _rounds(problem, tile) * (-(-c // 32) * step_s + rest_s)
+        )
     if tile.any_length:
         flop_per_s = UNALIGNED_FLOP_PER_S[_precision(problem.dtype, problem.tf32)]
         if c > UNALIGNED_RESIDENT_C:
@@ -318,18 +325,14 @@ def _whole_kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     last = problem.layout is Layout.BATCH_LAST
     if tile.splits_weights:
         # Steps are those of csrc/float32_registers.cuh (XK); a tile also takes about one to begin and end.
-        tiles = -(-problem.n // tile.rows) * problem.pattern.a * -(-d // tile.run) * -(-b // tile.columns)
         steps = 1 + -(-c // (32 if tile.run <= 2 else 16))
         step_s = SPLIT_STEP_S[tile.name][problem.tf32]
         share = SPLIT_LAST_SHARE if last else SPLIT_SHARE
-        arithmetic = -(-tiles // HOPPER_SMS) * steps * step_s
+        arithmetic = _rounds(problem, tile) * steps * step_s
         return max(traffic / COPY_BYTES_PER_S / share, arithmetic, SPLIT_LAST_LEAST_S if last else 0.0)
     if tile.registers and last:
-        tiles = (
-            -(-problem.n // tile.rows) * problem.pattern.n_blocks * -(-b // tile.columns // tile.cluster) * tile.cluster
-        )
         step_s, rest_s = REGISTERS_LAST_S[tile.name]
-        arithmetic = -(-tiles // HOPPER_SMS) * (-(-c // 32) * step_s + rest_s)
+        arithmetic = _rounds(problem, tile) * (-(-c // 32) * step_s + rest_s)
         return max(traffic / COPY_BYTES_PER_S / REGISTERS_LAST_SHARE, arithmetic)
     if tile.registers:
         # Likewise, but y leaves as it is, and w that fits shared memory is fetched once for many tiles of the batch.
