@@ -34,7 +34,7 @@ _ASYMMETRY = 1e-2
 
 class Refinement(NamedTuple):
     """Factors ``(a, d, b, c)``, the relative error of their product as returned, and the relative errors on the way:
-    first that of the start, then one per sweep."""
+    first that of the start, then one per sweep, never rising."""
 
     weights: list[Tensor]
     error: float
@@ -95,14 +95,17 @@ def refine(
     dtype = working_dtype(torch.promote_types(target.dtype, weights[0].dtype))
     with torch.autocast(target.device.type, enabled=False):
         problem = _Problem(chain, target.to(dtype), None if input_moment is None else input_moment.to(dtype))
-        best = current = [weight.detach().to(dtype) for weight in weights]
+        current = [weight.detach().to(dtype) for weight in weights]
         history = [problem.error(current)]
         with _bar(max_sweeps) if progress else nullcontext() as bar:
             stride = 1.0
             for sweep in range(max_sweeps):
                 before, current = current, problem.sweep(current)
                 error = problem.error(current)
-                if sweep:
+                if not error <= history[-1]:
+                    # Only rounding makes a sweep worse: there is nothing left to gain.
+                    current, error = before, history[-1]
+                elif sweep:
                     # Sweeps creep along narrow valleys: go on in the same direction, further each time it pays.
                     further = [x + stride * (x - y) for x, y in zip(current, before, strict=True)]
                     further_error = problem.error(further)
@@ -114,11 +117,9 @@ def refine(
                 if bar is not None:
                     bar.set_postfix(error=f"{history[-1]:.4g}", refresh=False)
                     bar.update()
-                if history[-1] <= min(history):
-                    best = current
                 if not history[-1] < history[-2] * (1 - tolerance):
                     break
-        rounded = [weight.to(start.dtype) for weight, start in zip(best, weights, strict=True)]
+        rounded = [weight.to(start.dtype) for weight, start in zip(current, weights, strict=True)]
         error = problem.error([weight.to(dtype) for weight in rounded])
     if not error <= history[0]:
         rounded, error = [weight.detach().clone() for weight in weights], history[0]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from structlayers import Chain
@@ -57,6 +57,7 @@ def seed():
     weighted=st.booleans(),
     sweeps=st.integers(0, 6),
 )
+@example(spec="(1,4,4,2)(2,4,3,1)", dtype=torch.float64, seed=16, weighted=True, sweeps=6)
 def test_never_worse_than_the_start(spec, dtype, seed, weighted, sweeps):
     chain = Chain.parse(spec)
     torch.manual_seed(seed)
@@ -77,8 +78,8 @@ def test_never_worse_than_the_start(spec, dtype, seed, weighted, sweeps):
     assert found.error == pytest.approx(distance(found.weights, double, moment), rel=1e-6, abs=1e-7)
     assert found.error <= found.history[0]
     assert 1 <= len(found.history) <= sweeps + 1
-    # Least squares for one factor after the other: no sweep makes it worse, up to rounding.
-    assert all(after <= before + 1e-7 for before, after in itertools.pairwise(found.history))
+    # Least squares for one factor after the other: no sweep makes it worse; one that rounding spoils is not kept.
+    assert all(after <= before for before, after in itertools.pairwise(found.history))
 
 
 @pytest.mark.parametrize("spec", ANY_CHAIN)
