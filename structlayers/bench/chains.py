@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     add("--contenders", nargs="+", default=[], choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
     add("--timing", choices=TIMINGS, default="graph", help="eager: with what the host needs for a call")
     add("--most-features", type=int, default=2**31, help="leave wider chains out, on a small machine")
-    add("--plot", type=Path, help="write a PNG of the rows over width and batch")
+    add("--plot", nargs="?", type=Path, const=Path(), help="write a PNG of the rows over width and batch (OUT.png)")
     add("--summary", action="store_true", help="only print the table of the rows in the file")
     add_sweep_options(options, "outputs/chains.jsonl")
     return options
@@ -255,8 +255,9 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         from structlayers.bench.chain_figures import plot_chains
 
-        plot_chains(rows, options.plot)
-        print(f"plot: {options.plot}")
+        path = options.out.with_suffix(".png") if options.plot == Path() else options.plot
+        plot_chains(rows, path)
+        print(f"plot: {path}")
 
 
 def line(row: CaseRow) -> str:

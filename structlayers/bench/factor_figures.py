@@ -11,6 +11,7 @@ from structlayers.bench.figures import (
     MARKERS,
     add_legend,
     draw_heat_map,
+    draw_points,
     grid_of,
     grouped,
     new_figure,
@@ -43,7 +44,7 @@ def factor_speedups(rows: Sequence[KernelRow]) -> Any | None:
                 here = [(x, y) for x, y, own_n, own_layout in found if (own_n, own_layout) == (n, layout)]
                 label = f"{layout.replace('_', '-')}, batch {n:,}"
                 if here:
-                    axis.scatter(*zip(*here, strict=True), s=14, color=colour, marker=marker, alpha=0.7, label=label)
+                    draw_points(axis, here, s=14, color=colour, marker=marker, alpha=0.7, label=label)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="width")
         axis.set_ylabel("times faster than dense")
@@ -118,7 +119,8 @@ def factor_winners(rows: Sequence[KernelRow]) -> Any | None:
                     colour = "#444444" if colours[winner] == "black" else colours[winner]
                     axis.add_patch(_square(x, y, colour))
                     share = f"{cell.count(winner)}/{len(cell)}"
-                    axis.text(x, y, share, ha="center", va="center", fontsize=6.5, color="white")
+                    size = 6.5 if len(share) < 4 else 4.5
+                    axis.text(x, y, share, ha="center", va="center", fontsize=size, color="white")
         _label_blocks(axis, blocks, ds, name)
     for name in names:
         axes[0].scatter([], [], color="#444444" if colours[name] == "black" else colours[name], marker="s", label=name)
@@ -187,9 +189,7 @@ def forecasts(rows: Sequence[KernelRow]) -> Any | None:
     for axis, (name, entries) in zip(axes, found.items(), strict=True):
         groups = grouped(entries, lambda entry: _dtype_layout(entry.row))
         for (label, group), colour in zip(groups.items(), COLOURS, strict=False):
-            axis.scatter(
-                [e.foretold for e in group], [e.measured for e in group], s=9, alpha=0.6, color=colour, label=label
-            )
+            draw_points(axis, ((e.foretold, e.measured) for e in group), s=9, alpha=0.6, color=colour, label=label)
         ends = [min(e.measured for e in entries), max(e.measured for e in entries)]
         axis.plot(ends, ends, color="black", linewidth=1)
         axis.axhline(1, color="#999999", linewidth=0.8)

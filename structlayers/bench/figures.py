@@ -28,6 +28,8 @@ _CHAIN_STYLE = {
     "dense_built": ("#7f7f7f", "X"),
 }
 _MOST_PANELS = 8
+# Pixels an inch of what is not drawn as outlines.
+_POINTS_DPI = 160
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -47,9 +49,15 @@ def svg(figure: Any) -> str:
     from matplotlib import rc_context
 
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": "structlayers", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    # Text as text, and its family named in short: as outlines it is half of a picture full of numbers.
+    with rc_context({"svg.hashsalt": "structlayers", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}):
+        figure.savefig(text, format="svg", dpi=_POINTS_DPI, metadata={"Date": None})
     return text.getvalue()
+
+
+def draw_points(axis: Any, points: Iterable[tuple[float, float]], **look: Any) -> None:
+    """Points without lines, as pixels: thousands of them as outlines would make a picture of megabytes."""
+    axis.scatter(*zip(*points, strict=True), rasterized=True, **look)
 
 
 def style_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -139,7 +147,7 @@ def energy_over_time(points: Mapping[str, Sequence[tuple[float, float]]], idle_w
     style = style_of(points)
     for name, found in points.items():
         look = {key: style[name][key] for key in ("color", "marker", "label")}
-        axis.scatter(*zip(*found, strict=True), s=16, alpha=0.7, **look)
+        draw_points(axis, found, s=16, alpha=0.7, **look)
     times = [time for found in points.values() for time, _ in found]
     for power in (100, 200, 400, 700):
         ends = (min(times), max(times))

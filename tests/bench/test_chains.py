@@ -228,6 +228,10 @@ def test_a_picture_over_width_and_batch(tmp_path):
     specs = ["(1,8,8,2)(2,8,8,1)", "(1,8,8,4)(4,8,8,1)"]
     command(out, "--chains", *specs, "--batches", "2", "70", "--contenders", "dense", "planned", "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
+    # Without a name, beside the rows.
+    plot.unlink()
+    chains.main(["--summary", "--out", str(out), "--plot"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="nothing to plot"):
         chains.main(["--summary", "--out", str(tmp_path / "none.jsonl"), "--plot", str(plot)])
 
