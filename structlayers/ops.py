@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from structlayers import prepared
 from structlayers.backends import bmm, check_backend, resolve
 from structlayers.backends.base import activate
+from structlayers.backends.cuda import check_memory
 from structlayers.backends.prepare import resize_features
 from structlayers.patterns import Pattern
 from structlayers.prepared import batch_size
@@ -62,10 +63,14 @@ def _problem(x: Tensor, pattern: Pattern, layout: Layout) -> Problem:
 
 def _multiply(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
     product = prepared.plan(x, weights, bias, *options)
-    if x.dim() == 2:
-        return product(x, weights, bias)
-    layout = options[2]
-    y = product(_flatten_batch(x, Layout(layout)), weights, bias)
+    try:
+        if x.dim() == 2:
+            return product(x, weights, bias)
+        layout = options[2]
+        y = product(_flatten_batch(x, Layout(layout)), weights, bias)
+    except RuntimeError as error:
+        check_memory(error, x)
+        raise
     return y.reshape(_output_shape(x, y.shape[1 if layout == "batch_first" else 0], layout))
 
 
@@ -90,7 +95,11 @@ def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: 
     if not chosen.weight_grad_of_logical_sizes:
         dy = resize_features(dy, pattern.out_features, order)
         x = resize_features(x, pattern.in_features, order)
-    return (chosen.weight_grad or bmm.weight_grad)(dy, x, pattern, order)
+    try:
+        return (chosen.weight_grad or bmm.weight_grad)(dy, x, pattern, order)
+    except RuntimeError as error:
+        check_memory(error, x)
+        raise
 
 
 _library.impl("ks_chain", _ks_chain, "CompositeExplicitAutograd")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlayers import Chain, Pattern, ks_chain, ks_linear
+from structlayers import Chain, Pattern, ks_chain, ks_linear, ops
+from structlayers.backends.cuda import check_memory
 from structlayers.errors import BackendError, ChainError, ShapeError
 from structlayers.factorize import to_dense
 from structlayers.problem import ACTIVATIONS
@@ -400,3 +404,34 @@ def test_weight_gradient_of_a_pattern_is_its_definition():
     for i, l, j, k in itertools.product(range(a), range(d), range(b), range(c)):
         expected = dy[:, (i * b + j) * d + l] @ x[:, (i * c + k) * d + l]
         torch.testing.assert_close(dw[i, l, j, k], expected)
+
+
+@pytest.mark.parametrize("elements", [2**50, 16])
+def test_want_of_memory_is_said_as_pytorch_says_it(elements, monkeypatch):
+    """Loops that look for ``torch.OutOfMemoryError`` find it on a GPU; other failures stay what they are."""
+    said = f"could not allocate an output of {elements} elements"
+
+    def fails(*arguments):
+        raise RuntimeError(said)
+
+    x, weights, _ = draw(CHAIN, (2, 3), grad=False)
+    y = ks_chain(x, weights, **sizes(CHAIN))
+    # The CPU's allocator refuses in words of its own.
+    expected = r"(?i)alloc.*memory" if elements > 16 else said
+    monkeypatch.setattr(ops.prepared, "plan", lambda *arguments: fails)
+    for flat in (x, x[0]):
+        with pytest.raises(RuntimeError, match=expected) as caught:
+            ks_chain(flat, weights, **sizes(CHAIN))
+        assert (said in str(caught.value)) == (elements == 16)
+    kernel = SimpleNamespace(weight_grad=fails, weight_grad_of_logical_sizes=True)
+    monkeypatch.setattr(ops, "resolve", lambda *arguments: kernel)
+    with pytest.raises(RuntimeError, match=expected):
+        torch.ops.structlayers.ks_weight_grad(y, y, [1, 1, y.shape[-1], y.shape[-1]], "batch_first", "bmm")
+
+
+def test_the_kernels_say_it_in_the_words_that_are_looked_for():
+    source = (Path(__file__).parents[1] / "csrc" / "register.cpp").read_text()
+    (said,) = re.findall(r'require\(done, "(.*?)" \+ .*? \+ "(.*?)"\)', source)
+    with pytest.raises(RuntimeError, match=r"(?i)alloc.*memory"):
+        check_memory(RuntimeError("structlayers: " + str(2**50).join(said)), torch.empty(0))
+    check_memory(RuntimeError("structlayers: no current stream"), torch.empty(0))

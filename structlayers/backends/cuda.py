@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import torch
@@ -89,6 +90,18 @@ def weight_grad(
     last = layout is Layout.BATCH_LAST
     kernel = torch.ops.structlayers.cuda_weight_grad.default
     return kernel(dy, x, *pattern, last, split, choice.tile.number, choice.splits)
+
+
+# What csrc/register.cpp says where PyTorch gives it no memory; the error itself does not come through the stable ABI.
+_NO_MEMORY = re.compile(r"could not allocate an output of (\d+) elements")
+
+
+def check_memory(error: RuntimeError, like: Tensor) -> None:
+    """Raise ``torch.OutOfMemoryError``, which training loops look for, if a kernel failed for want of memory."""
+    found = _NO_MEMORY.search(str(error))
+    if found is not None:
+        # PyTorch's own refusal, which says how much was asked for and how much there is.
+        like.new_empty(int(found[1]))
 
 
 @cache
