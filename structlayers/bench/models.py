@@ -146,7 +146,9 @@ def time_model(
                 rows = compare(case, variants, here)
                 if sweep.free and structured_layers(base) and case.x.numel():
                     free = with_free_linears(base)
-                    rows += compare(_case(free, name, x, sweep.oracle_rows), _free_variants(free, sweep), here)
+                    rows += compare(
+                        _case(free, name, x, sweep.oracle_rows, like=base), _free_variants(free, sweep), here
+                    )
             yield rows
 
 
@@ -219,15 +221,19 @@ def resolved_backends(model: nn.Module, x: Tensor) -> str:
     return ", ".join(sorted(counts, key=lambda backend: -counts[backend]))
 
 
-def _case(base: nn.Module, name: str, x: Tensor, oracle_rows: int) -> Case:
-    rows = sample_rows(x.shape[0], oracle_rows)
+def _case(base: nn.Module, name: str, x: Tensor, oracle_rows: int, *, like: nn.Module | None = None) -> Case:
+    """Outputs of ``base`` for ``x``, with the tolerance of ``like``.
+
+    A model with free linears rounds between them as often as the model that has them does.
+    """
+    rows, like = sample_rows(x.shape[0], oracle_rows), base if like is None else like
 
     def run_oracle() -> Tensor:
         part = x[rows]
         return oracle(base)(part.double() if part.is_floating_point() else part)
 
-    n_layers = max(1, sum(1 for _ in _products(base)))
-    bound = model_tolerance(layer_tolerance(base, x.dtype if x.is_floating_point() else torch.float32), n_layers)
+    n_layers = max(1, sum(1 for _ in _products(like)))
+    bound = model_tolerance(layer_tolerance(like, x.dtype if x.is_floating_point() else torch.float32), n_layers)
     return Case(name, x, x.shape[0], run_oracle, lambda out: out[rows], bound)
 
 

@@ -14,7 +14,7 @@ from structlayers.bench.model_variants import (
     structured_layers,
     with_free_linears,
 )
-from structlayers.bench.models import Graphed, ModelSweep, random_input, time_model
+from structlayers.bench.models import Graphed, ModelSweep, layer_tolerance, random_input, time_model
 from structlayers.bench.timing import TimingPlan
 from structlayers.errors import ConfigError
 
@@ -115,6 +115,29 @@ def test_a_model_without_parameters_of_its_own_has_free_linears_too():
     sweep = ModelSweep(batch_sizes=(2,), roofline=False, free=True, plan=PLAN)
     [rows] = time_model(layer, "layer", "monarch", lambda n: random_input(ARGS, n), sweep)
     assert [row.status for row in rows] == ["timed"] * 3
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), KSLinear(Chain.monarch(16, 16, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.gelu(self.linear(self.norm(x)))
+
+
+def test_a_deep_model_rounds_between_its_free_linears():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual() for _ in range(60))).eval().requires_grad_(False)
+    sweep = ModelSweep(batch_sizes=(64,), dtypes=("bfloat16",), roofline=False, free=True, plan=PLAN)
+    [rows] = time_model(model, "deep", "monarch", lambda n: random_input(ARGS, n), sweep)
+    assert [(row.variant, row.reason) for row in rows] == [
+        ("dense", ""),
+        ("monarch, auto", ""),
+        ("linears free", ""),
+    ]
+    # More than one layer alone may be off.
+    assert rows[-1].error > layer_tolerance(with_free_linears(model.bfloat16()), torch.bfloat16)
 
 
 def test_an_input_that_does_not_fit_leaves_rows_and_the_next_is_timed():
