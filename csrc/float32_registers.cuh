@@ -18,7 +18,7 @@
 //
 // Shared memory: x_slots * XBytes + w_slots * WBytes + YBytes + BarrierBytes.
 // Source: the pattern is that of arXiv:2405.15013; that three products of split operands, promoted, are as exact as float32
-// was measured (NOTES.md); the kernel is new.
+// was measured (VERSIONS.md); the kernel is new.
 #pragma once
 
 #include "asynchronous.cuh"

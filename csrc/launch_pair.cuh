@@ -62,8 +62,8 @@ bool pair_shape(const Pair& p, int cluster, int rows1, int rows2, int least_stag
   return s.stages >= least_stages;
 }
 
-// Roughly the clock cycles of all CTAs of a cluster for one tile, fitted to 14 pairs on one H200 (NOTES.md): a stage costs more
-// with its rows than with its products, and exchanges within large clusters are dear.
+// Roughly the clock cycles of all CTAs of a cluster for one tile, fitted to 14 pairs on one H200 (VERSIONS.md): a stage costs
+// more with its rows than with its products, and exchanges within large clusters are dear.
 double pair_cost(const Pair& p, const PairShape& s, int rows1) {
   const auto stage = [](int rows) { return 300 + 7.4 * rows; };
   const double right = pair_ceil_div(s.own_alpha, p.rank == 1 ? 2 : 1) * s.run_tiles * s.rank_tiles * s.x_steps;

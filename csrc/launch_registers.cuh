@@ -51,7 +51,7 @@ constexpr int step_k() {
 }
 
 // Up to how many bytes of w the L2 keeps all of it beside x and y, and how many rows of the batch share a w fetched once where it
-// does not: by what was measured (NOTES.md).
+// does not: by what was measured (VERSIONS.md).
 template <typename Tile>
 constexpr int64_t kept_bytes(bool resident) {
   if constexpr (std::is_same_v<typename Tile::T, float>) return Tile::Strided && !Tile::Last && !resident ? 4 << 20 : 8 << 20;

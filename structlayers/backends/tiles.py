@@ -207,7 +207,7 @@ def _registers_tile_float32(d: int) -> str:
 def _registers_tile(b: int, c: int, d: int) -> str | None:
     """The name of the fastest of the tiles whose operands go to registers, None where an older one is faster.
 
-    By the times of 47 patterns on one H100 (csrc/NOTES.md).
+    By the times of 47 patterns on one H100 (csrc/VERSIONS.md).
     """
     even = -(-b // 64) % 2 == 0
     # Two CTAs that share x want an even number of tiles along j; where blocks are wide, what comes from the L2 binds.

@@ -98,7 +98,7 @@ _LONGEST_SPLIT = 32_768
 _SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
 _SHARED_BYTES_ELSEWHERE = 99 * 1024
 
-# What the estimate goes by, as measured on one H200 (csrc/NOTES.md): bytes and multiply-adds per microsecond.
+# What the estimate goes by, as measured on one H200 (csrc/VERSIONS.md): bytes and multiply-adds per microsecond.
 _MEMORY = 4.2e6
 _CACHE_OF_MULTIPROCESSOR = 6.5e6 / 132
 _PRODUCTS_OF_MULTIPROCESSOR = {"16bit": 1.5e6, "tf32": 0.7e6, "split": 0.22e6, "small": 0.1e6}
