@@ -13,7 +13,7 @@ from structlayers.backends import check_backend, tuning
 from structlayers.errors import ShapeError
 from structlayers.patterns import Chain
 from structlayers.plans import ChainProblem, ChainProduct, choose_form, plan_problem, prepare
-from structlayers.problem import Layout, check_product
+from structlayers.problem import Layout, check_product, rounds_to_tf32
 
 
 def batch_size(x: Tensor, layout: Layout) -> int:
@@ -35,8 +35,8 @@ def plan(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: An
         if tensor.dtype is not dtype or tensor.device != device:
             # For its message.
             return _make_plan(x, weights, bias, *options)
-    precision = torch.get_float32_matmul_precision() if dtype is torch.float32 else None
-    key = (x.shape, dtype, device, precision, options, len(weights), tuning.generation, *[t.shape for t in parameters])
+    tf32 = rounds_to_tf32() if dtype is torch.float32 else None
+    key = (x.shape, dtype, device, tf32, options, len(weights), tuning.generation, *[t.shape for t in parameters])
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:

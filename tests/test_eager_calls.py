@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structlayers import ks_chain, ks_linear, ops, prepared
 from structlayers.errors import ShapeError
-from structlayers.problem import ACTIVATIONS
+from structlayers.problem import ACTIVATIONS, rounds_to_tf32
 
 OPERATOR = torch.ops.structlayers.ks_linear
 
@@ -123,3 +123,20 @@ def test_what_was_prepared_is_found_again_and_does_not_pile_up(monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert len(made) == before + 1
+
+
+def test_newer_precision_settings_of_torch_are_followed():
+    # Where they are used, torch.get_float32_matmul_precision() raises.
+    _, w, bias = (tensor.detach() for tensor in tensors(torch.float32))
+    try:
+        for value, rounds in (("tf32", True), ("ieee", False)):
+            torch.backends.cuda.matmul.fp32_precision = value
+            assert rounds_to_tf32() is rounds
+            assert ks_linear(torch.randn(7, 24), w, bias).shape == (7, bias.numel())
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        assert ks_linear(torch.randn(7, 24), w, bias).shape == (7, bias.numel())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for value in ("high", "medium", "highest"):
+        torch.set_float32_matmul_precision(value)
+        assert rounds_to_tf32() is (value != "highest")
