@@ -143,6 +143,9 @@ def test_another_version_does_not_read_the_entries_but_keeps_them(cache_file, mo
         b'{"format": 1, "entries": {"x": {"backend": 3}}}',
         b'{"format": 1, "entries": {"x": {"backend": "bmm", "tile": ["run4"]}}}',
         b'{"format": 1, "entries": {"x": {"backend": "bmm", "time_ms": "soon"}}}',
+        b'{"format": 1, "entries": {"x": {"backend": "bmm", "time_ms": NaN}}}',
+        b'{"format": 1, "entries": {"x": {"backend": "bmm", "time_ms": Infinity}}}',
+        b'{"format": 1, "entries": {"x": {"backend": "bmm", "time_ms": -0.5}}}',
     ],
 )
 def test_a_corrupt_file_is_ignored_with_a_warning_and_rebuilt(cache_file, content):

@@ -136,7 +136,8 @@ def read(path: Path) -> dict[str, Entry]:
         for name, entry in entries.items():
             if not isinstance(entry.backend, str) or not isinstance(entry.tile, str | None):
                 raise ValueError(f"{entry} of {name!r}: expected names")
-            if not isinstance(entry.time_ms, float | int | None):
+            if entry.time_ms is not None and not 0 < entry.time_ms < float("inf"):
+                # NaN too, which no plan could be compared with.
                 raise ValueError(f"{entry} of {name!r}: expected a time in milliseconds")
     except FileNotFoundError:
         return {}
