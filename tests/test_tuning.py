@@ -169,6 +169,21 @@ def test_a_folder_that_cannot_be_written_leaves_this_process_its_entries(cache_f
     assert cache_file.parent.read_text() == "a file where the folder should be"
 
 
+def test_a_user_without_a_home_has_no_file(monkeypatch):
+    for name in (tuning.ENVIRONMENT, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.warns(UserWarning, match=r"tuning cache is ignored: .* STRUCTLAYERS_TUNING_CACHE"):
+        assert tuning.lookup(PROBLEM) is None
+    with pytest.warns(UserWarning, match=r"tuning cache of this user is not written"):
+        tuning.store({tuning.key(PROBLEM): Entry("bmm")})
+    assert tuning.lookup(PROBLEM) == Entry("bmm")
+
+
 WRITER = """
 import sys
 from structlayers.backends.tuning import Entry, store

@@ -66,12 +66,18 @@ generation = 0
 
 
 def cache_path(path: str | os.PathLike[str] | None = None) -> Path:
-    """The cache file: the argument, else ``$STRUCTLAYERS_TUNING_CACHE``, else the one in the user's cache folder."""
-    named = path or os.environ.get(ENVIRONMENT)
-    if named:
-        return Path(named).expanduser()
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "structlayers" / "tuning.json"
+    """The cache file: the argument, else ``$STRUCTLAYERS_TUNING_CACHE``, else the one in the user's cache folder.
+
+    Raises ``OSError`` where that takes a home folder and there is none: without HOME, for a user the system does not
+    know, as in some containers.
+    """
+    named, folder = path or os.environ.get(ENVIRONMENT), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return (Path(folder) if folder else Path.home() / ".cache") / "structlayers" / "tuning.json"
+    except RuntimeError as error:
+        raise OSError(f"{error} Name a file in {ENVIRONMENT}") from error
 
 
 def batch_bucket(n: int) -> int:
@@ -115,15 +121,23 @@ def lookup(problem: Tunable) -> Entry | None:
     if name is None:
         return None
     if _entries is None:
-        _entries = read(cache_path())
+        _entries = _read_named(None)
     return _entries.get(name)
 
 
 def load(path: str | os.PathLike[str] | None = None) -> None:
     """Read the cache file again, in place of what this process knew."""
     global _entries, generation
-    _entries = read(cache_path(path))
+    _entries = _read_named(path)
     generation += 1
+
+
+def _read_named(path: str | os.PathLike[str] | None) -> dict[str, Entry]:
+    try:
+        return read(cache_path(path))
+    except OSError as error:
+        warnings.warn(f"tuning cache is ignored: {error}", stacklevel=3)
+        return {}
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -153,10 +167,11 @@ def store(entries: Mapping[str, Entry], path: str | os.PathLike[str] | None = No
     Entries that other processes wrote meanwhile stay. Where the file cannot be written there is a warning.
     """
     global _entries, generation
-    target = cache_path(path)
-    _entries = {**(read(target) if _entries is None else _entries), **entries}
+    _entries = {**(_read_named(path) if _entries is None else _entries), **entries}
     generation += 1
+    target: str | Path = "of this user"
     try:
+        target = cache_path(path)
         with _locked(target):
             _replace(target, {**read(target), **entries})
     except OSError as error:
