@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from structlayers import Layout, Pattern
+from structlayers.backends import cuda, resolve
 from structlayers.backends.auto import GPU_CANDIDATES, choose
 from structlayers.backends.tiles import (
     SMALL_BATCH,
@@ -43,7 +44,7 @@ REST = (
 )
 FAMILY = [
     Problem(Pattern(a, b, c, d), n, dtype, "cuda", layout, tf32, capability=capability)
-    for capability in ((8, 0), (9, 0))
+    for capability in ((8, 0), (9, 0), (10, 0))
     for b, c in itertools.product(SIZES, SIZES)
     for a, d, n in REST
     for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.float16, False), (torch.bfloat16, False))
@@ -76,8 +77,60 @@ def test_every_tile_is_chosen_somewhere():
         assert {name for size, name in chosen if size == itemsize} == expected
 
 
+def test_no_tile_takes_more_shared_memory_than_the_gpu_has():
+    for problem in FAMILY:
+        if problem.capability != (8, 0):
+            continue
+        assert choose_tile(problem).shared_bytes <= 163 * 1024, problem
+        small = dataclasses.replace(problem, capability=(8, 9))
+        tiles = tiles_for(small)
+        assert all(tile.shared_bytes <= 99 * 1024 for tile in tiles), small
+        if tiles:
+            assert choose_tile(small) in tiles, small
+        else:
+            with pytest.raises(ValueError, match="no tile takes"):
+                choose_tile(small)
+
+
+def test_a_gpu_of_too_little_shared_memory_is_a_reason(monkeypatch):
+    monkeypatch.setattr(cuda, "why_missing", lambda: None)
+    monkeypatch.setattr(cuda, "_why_device_does_not_serve", lambda device: None)
+    problem = Problem(Pattern(1, 64, 64, 4), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(8, 6))
+    assert cuda.reason_against(problem) == "every tile needs more shared memory than this GPU has"
+    assert resolve("auto", problem).name == "bmm"
+    assert cuda.reason_against(dataclasses.replace(problem, n=64)) is None
+    assert cuda.reason_against(dataclasses.replace(problem, capability=(8, 0))) is None
+
+
+def test_shared_memory_is_what_the_kernels_take():
+    launches = (ROOT / "csrc" / "launch.cuh").read_text()
+    aliases = dict(re.findall(r"using (\w+LastTile) = (BatchLastTile<.*>);", launches))
+    found = {}
+    for id_, text in re.findall(r"case (kBatch\w+): return launch_batch_\w+<(.*)>\(p, stream\)", launches):
+        text = aliases.get(text.split("<")[0], text)
+        kind, numbers = text.split("<")[0], [int(number) for number in re.findall(r"\b\d+\b", text)]
+        size = 4 if "Split" in text else 2
+        if kind == "BatchFirstTile":
+            run, _, warps_n, warps_j, rows, columns, k_bytes, stages, parts = numbers
+            x, w = run * warps_n * rows * k_bytes, run * warps_j * columns * k_bytes
+            y = run * warps_n * rows * (warps_j * columns // parts * size + 16)
+            found[size, id_] = 2 * x + stages * w + y
+        else:
+            warps_j, warps_n, rows_j, rows_n, k_bytes, stages = numbers
+            tj, row = warps_j * rows_j, warps_n * rows_n * size
+            k, ready = k_bytes // size, tj * k_bytes + k_bytes // size * row
+            raw = tj * (k_bytes + 16) + k * (row + 16)
+            aligned, unaligned = stages * ready + tj * (row + 16), ready + stages * raw + tj // 2 * (row + 16)
+            found[size, id_] = max(aligned, unaligned)
+    header = (ROOT / "csrc" / "tiles.h").read_text()
+    numbers = dict(re.findall(r"(k\w+) = (\d+),", header))
+    tables = {2: TILES_16BIT, 4: TILES_32BIT}
+    expected = {(size, t.number): t.shared_bytes for size, table in tables.items() for t in table if t.shared_bytes}
+    assert {(size, int(numbers[id_])): value for (size, id_), value in found.items()} == expected
+
+
 def test_a_tuned_tile_decides_where_it_exists():
-    problem = Problem(Pattern(1, 64, 64, 4), 4096, torch.float16, "cuda", Layout.BATCH_FIRST)
+    problem = Problem(Pattern(1, 64, 64, 4), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(10, 0))
     for tile in tiles_for(problem):
         assert choose_tile(problem, tile.name) == tile
     # A name of another layout, of another version or of nothing.

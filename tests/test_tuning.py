@@ -202,7 +202,7 @@ def test_two_processes_writing_lose_nothing(cache_file):
 
 
 def test_auto_and_the_tile_choice_follow_it(monkeypatch):
-    problem = dataclasses.replace(PROBLEM, device_type="cuda")
+    problem = dataclasses.replace(PROBLEM, device_type="cuda", capability=(10, 0))
     monkeypatch.setattr(cuda, "reason_against", lambda problem: None)
     assert (resolve("auto", problem).name, cuda.tile_of(problem).name) == ("cuda", "run4_tall")
     tuning.store({tuning.key(problem): Entry("dense", "run2")})

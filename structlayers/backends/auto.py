@@ -302,6 +302,9 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     whole = problem.n % piece == 0 if last else b % piece == 0 and c % piece == 0 and (d % piece == 0 or piece % d == 0)
     if tile.name == SMALL_BLOCKS:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    if not (last or tile.wgmma) and d != tile.run:
+        # A tile that stands in for one too large for the GPU also takes shorter runs apart.
+        whole = whole and tile.run >= piece and d % piece == 0
     if tile.any_length and last:
         step_s = LAST_ROWS_STEP_S if c <= LAST_ROWS_RESIDENT_C else LAST_ROWS_STREAMED_STEP_S
         rest_s = LAST_ROWS_TILE_S + LAST_ROWS_TILE_S_PER_B * min(b, tile.columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 from structlayers._extension import built_for_sm90a, why_missing
 from structlayers.backends import tuning
 from structlayers.backends.base import Backend, Product
-from structlayers.backends.tiles import Tile, choose_tile
+from structlayers.backends.tiles import Tile, choose_tile, tiles_for
 from structlayers.backends.weight_grad_tiles import GradChoice, choose_grad_tile
 from structlayers.errors import BackendError
 from structlayers.patterns import Pattern
@@ -33,6 +33,7 @@ _library.define(
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITY = (8, 0)
+_TOO_LITTLE_SHARED_MEMORY = "every tile needs more shared memory than this GPU has"
 
 
 def tile_of(problem: Problem) -> Tile:
@@ -114,7 +115,7 @@ def reason_against(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device_type}: expected cuda"
     if problem.dtype not in DTYPES:
         return f"the kernels have no {problem.dtype}: expected one of {list(DTYPES)}"
-    return why_missing() or _why_device_does_not_serve(problem.device_index)
+    return why_missing() or _why_device_does_not_serve(problem.device_index) or _why_no_tile(problem)
 
 
 @cache
@@ -123,6 +124,10 @@ def _why_device_does_not_serve(device: int) -> str | None:
     if capability < CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]}: expected at least {CAPABILITY[0]}.{CAPABILITY[1]}"
     return None
+
+
+def _why_no_tile(problem: Problem) -> str | None:
+    return None if tiles_for(problem, built_for_sm90a()) else _TOO_LITTLE_SHARED_MEMORY
 
 
 BACKEND = Backend("cuda", multiply, reason_against, prepare, weight_grad, weight_grad_of_logical_sizes=True)

@@ -18,7 +18,8 @@ class Tile:
     ``number`` is its name in ``csrc/tiles.h``; ``wgmma`` says that it needs Hopper's own matrix instructions,
     ``registers`` that the copy engine fetches x and its operands go to registers, ``cluster`` how many CTAs share x,
     ``splits_weights`` that threads fetch the weights, which then may lie anyhow, ``any_length`` that rows and blocks
-    may have any length and, batch-first, ``run`` is the longest that the tile serves.
+    may have any length and, batch-first, ``run`` is the longest that the tile serves. ``shared_bytes`` of shared memory
+    a CTA takes; 0 stands for what every GPU that has the tile's instructions has.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Tile:
     cluster: int = 1
     splits_weights: bool = False
     any_length: bool = False
+    shared_bytes: int = 0
 
     def takes(self, pattern: Pattern) -> bool:
         """Whether the tile serves ``pattern``: the copy engine wants whole 16-byte pieces."""
@@ -54,13 +56,23 @@ SMALL_BLOCK = 16
 # The kernel of small batches takes any batch, but every 64 rows read all weights again.
 SMALL_BATCH, SMALL_BATCH_ROWS = "small_batch", 64
 
+# Shared memory of a CTA by compute capability, and of every other one.
+_SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
+_SHARED_BYTES_ELSEWHERE = 99 * 1024
+
+
+def shared_bytes_of(capability: tuple[int, int]) -> int:
+    """The most shared memory that a CTA may have."""
+    return _SHARED_BYTES.get(capability, _SHARED_BYTES_ELSEWHERE)
+
+
 TILES_16BIT = (
-    Tile("run1", 1, _FIRST, 1, 256, 128),
-    Tile("run2", 3, _FIRST, 2, 128, 128),
-    Tile("run4", 4, _FIRST, 4, 64, 128),
-    Tile("run4_tall", 5, _FIRST, 4, 128, 64),
-    Tile("run8", 6, _FIRST, 8, 64, 64),
-    Tile("run16", 7, _FIRST, 16, 32, 64),
+    Tile("run1", 1, _FIRST, 1, 256, 128, shared_bytes=184_320),
+    Tile("run2", 3, _FIRST, 2, 128, 128, shared_bytes=151_552),
+    Tile("run4", 4, _FIRST, 4, 64, 128, shared_bytes=200_704),
+    Tile("run4_tall", 5, _FIRST, 4, 128, 64, shared_bytes=188_416),
+    Tile("run8", 6, _FIRST, 8, 64, 64, shared_bytes=204_800),
+    Tile("run16", 7, _FIRST, 16, 32, 64, shared_bytes=221_184),
     Tile("wgmma1", 10, _FIRST, 1, 256, 128, wgmma=True),
     Tile("wgmma2", 11, _FIRST, 2, 256, 64, wgmma=True),
     Tile("wgmma16", 14, _FIRST, 16, 32, 64, wgmma=True),
@@ -78,22 +90,22 @@ TILES_16BIT = (
     Tile("registers_last_pair", 32, _LAST, 1, 256, 128, wgmma=True, registers=True, cluster=2),
     Tile("registers_last_narrow", 31, _LAST, 1, 512, 64, wgmma=True, registers=True),
     Tile("last_rows", 33, _LAST, 1, 240, 128, wgmma=True, any_length=True),
-    Tile("last", 8, _LAST, 1, 256, 128),
-    Tile("last_narrow", 9, _LAST, 1, 256, 64),
+    Tile("last", 8, _LAST, 1, 256, 128, shared_bytes=166_912),
+    Tile("last_narrow", 9, _LAST, 1, 256, 64, shared_bytes=125_440),
 )
 TILES_32BIT = (
-    Tile("run1", 1, _FIRST, 1, 128, 128),
-    Tile("run2", 3, _FIRST, 2, 64, 128),
-    Tile("run4", 4, _FIRST, 4, 64, 64),
-    Tile("run8", 6, _FIRST, 8, 32, 64),
+    Tile("run1", 1, _FIRST, 1, 128, 128, shared_bytes=149_504),
+    Tile("run2", 3, _FIRST, 2, 64, 128, shared_bytes=165_888),
+    Tile("run4", 4, _FIRST, 4, 64, 64, shared_bytes=151_552),
+    Tile("run8", 6, _FIRST, 8, 32, 64, shared_bytes=200_704),
     Tile("registers1", 26, _FIRST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers2", 20, _FIRST, 2, 128, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers4", 21, _FIRST, 4, 128, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("registers8", 23, _FIRST, 8, 64, 64, wgmma=True, registers=True, splits_weights=True),
     Tile("unaligned", 28, _FIRST, 8, 64, 64, wgmma=True, any_length=True),
     Tile("registers_last", 27, _LAST, 1, 256, 64, wgmma=True, registers=True, splits_weights=True),
-    Tile("last", 8, _LAST, 1, 128, 128),
-    Tile("last_narrow", 9, _LAST, 1, 128, 64),
+    Tile("last", 8, _LAST, 1, 128, 128, shared_bytes=133_120),
+    Tile("last_narrow", 9, _LAST, 1, 128, 64, shared_bytes=83_456),
 )
 
 
@@ -122,14 +134,18 @@ HOPPER, HOPPER_SMS = (9, 0), 132
 def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     """The tiles that can run ``problem``: any tile of its layout, and the kernels of small blocks and small batches.
 
-    ``wgmma=False`` leaves out what the compiled kernels do not hold.
+    ``wgmma=False`` leaves out what the compiled kernels do not hold. Empty where shared memory is too small.
     """
+    room = shared_bytes_of(problem.capability)
     table = TILES_32BIT if problem.dtype == torch.float32 else TILES_16BIT
     hopper = wgmma and problem.capability == HOPPER
     tiles = [
         tile
         for tile in table
-        if tile.layout is problem.layout and (hopper or not tile.wgmma) and tile.takes(problem.pattern)
+        if tile.layout is problem.layout
+        and (hopper or not tile.wgmma)
+        and tile.shared_bytes <= room
+        and tile.takes(problem.pattern)
     ]
     if problem.pattern.c <= SMALL_BLOCK:
         tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
@@ -140,9 +156,14 @@ def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
 
 @lru_cache(maxsize=4096)
 def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) -> Tile:
-    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it is there."""
+    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it is there.
+
+    Raises ``ValueError`` where none fits: the backend's ``reason_against`` comes first.
+    """
     _, b, c, d = problem.pattern
     tiles = {tile.name: tile for tile in tiles_for(problem, wgmma)}
+    if not tiles:
+        raise ValueError(f"no tile takes {problem}")
     if tuned in tiles:
         return tiles[tuned]
     if SMALL_BLOCKS in tiles and (b < 8 or c < 8):
@@ -153,7 +174,7 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         best = "registers_last" if problem.dtype == torch.float32 else _batch_last_tile(problem)
         if best in tiles:
             return tiles[best]
-        return tiles["last_narrow" if b <= 64 else "last"]
+        return _named_or_other(tiles, "last_narrow" if b <= 64 else "last")
     if "unaligned" in tiles and _wants_any_length(problem):
         return tiles["unaligned"]
     registers = _registers_tile_float32(d) if problem.dtype == torch.float32 else _registers_tile(b, c, d)
@@ -165,13 +186,16 @@ def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) 
         if d > 8:
             return tiles["wgmma16_wide" if d >= 64 and b > 64 and c > 64 else "wgmma16"]
         return tiles["wgmma1" if d == 1 else "wgmma2"]
-    if d == 1:
-        return tiles["run1"]
-    if d == 2:
-        return tiles["run2"]
+    if d <= 2:
+        return _named_or_other(tiles, f"run{d}")
     if d <= 4:
-        return tiles["run4_tall" if b <= 64 and "run4_tall" in tiles else "run4"]
-    return tiles["run16" if d > 8 and "run16" in tiles else "run8"]
+        return _named_or_other(tiles, "run4_tall" if b <= 64 and "run4_tall" in tiles else "run4")
+    return _named_or_other(tiles, "run16" if d > 8 and "run16" in tiles else "run8")
+
+
+def _named_or_other(tiles: dict[str, Tile], name: str) -> Tile:
+    """The tile of that name or, where it does not fit shared memory, the one of the longest runs that does."""
+    return tiles[name] if name in tiles else max(tiles.values(), key=lambda tile: tile.run)
 
 
 def _batch_last_tile(problem: Problem) -> str:

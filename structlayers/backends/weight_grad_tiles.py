@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from structlayers.backends.tiles import shared_bytes_of
 from structlayers.problem import Layout, Problem
 
 
@@ -94,9 +95,6 @@ GRAD_TILES_HOPPER = (
 
 # Most rows that a split adds up in the tensor cores' own accumulators, which truncate.
 _LONGEST_SPLIT = 32_768
-# Shared memory of a CTA by compute capability, and of every other one.
-_SHARED_BYTES = {(8, 0): 163 * 1024, (8, 7): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024, (10, 3): 227 * 1024}
-_SHARED_BYTES_ELSEWHERE = 99 * 1024
 
 # What the estimate goes by, as measured on one H200 (csrc/VERSIONS.md): bytes and multiply-adds per microsecond.
 _MEMORY = 4.2e6
@@ -116,7 +114,7 @@ def grad_tiles_for(problem: Problem) -> list[GradTile]:
     """The tiles that can compute the weight gradient of ``problem``; none where shared memory is too small."""
     itemsize = problem.dtype.itemsize
     table = GRAD_TILES_32BIT if problem.dtype == torch.float32 else GRAD_TILES_16BIT
-    room = _SHARED_BYTES.get(problem.capability, _SHARED_BYTES_ELSEWHERE)
+    room = shared_bytes_of(problem.capability)
     tiles = [tile for tile in table if tile.layout is problem.layout and tile.shared_bytes(itemsize) <= room]
     if problem.dtype != torch.float32 and problem.layout is _FIRST and problem.capability == (9, 0):
         tiles += [tile for tile in GRAD_TILES_HOPPER if tile.run == problem.pattern.d and _takes_wgmma(problem, tile)]
