@@ -91,7 +91,11 @@ def _ks_weight_grad(dy: Tensor, x: Tensor, weight_shape: Sequence[int], layout: 
     """``dw[i,l,j,k] = sum_n dy[n,(i*b+j)*d+l] * x[n,(i*c+k)*d+l]``; missing features count as zeros."""
     pattern, order = check_weight_grad(dy, x, weight_shape, layout), Layout(layout)
     dy, x = _flatten_batch(dy, order), _flatten_batch(x, order)
-    chosen = resolve(backend, _problem(x, pattern, order))
+    problem = _problem(x, pattern, order)
+    chosen = resolve(backend, problem)
+    if backend == "auto" and chosen.reason_against_weight_grad(problem) is not None:
+        # Chosen for its product.
+        chosen = bmm.BACKEND
     if not chosen.weight_grad_of_logical_sizes:
         dy = resize_features(dy, pattern.out_features, order)
         x = resize_features(x, pattern.in_features, order)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from structlayers import Layout, Pattern
+from structlayers import Layout, Pattern, ops
+from structlayers.backends import bmm, cuda, resolve
 from structlayers.backends.weight_grad_tiles import (
     GRAD_TILES_16BIT,
     GRAD_TILES_32BIT,
@@ -86,6 +87,19 @@ def test_no_tile_where_shared_memory_is_small(capability):
     pattern = Pattern(4, 64, 64, 1)
     problem = Problem(pattern, 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=capability)
     assert choose_grad_tile(problem, 84) is None
+
+
+def test_auto_takes_another_backend_where_no_tile_fits(monkeypatch):
+    pattern, n = Pattern(4, 64, 64, 1), 32
+    problem = Problem(pattern, n, torch.float32, "cuda", Layout.BATCH_FIRST, capability=(8, 6))
+    monkeypatch.setattr(cuda, "why_missing", lambda: None)
+    monkeypatch.setattr(cuda, "_why_device_does_not_serve", lambda device: None)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 84)
+    monkeypatch.setattr(ops, "_problem", lambda *arguments: problem)
+    assert resolve("auto", problem).name == "cuda"
+    dy, x = torch.randn(n, pattern.out_features), torch.randn(n, pattern.in_features)
+    found = ops._ks_weight_grad(dy, x, pattern.weight_shape, "batch_first", "auto")
+    torch.testing.assert_close(found, bmm.weight_grad(dy, x, pattern, Layout.BATCH_FIRST))
 
 
 def test_tiles_of_an_older_gpu_fit_its_shared_memory():

@@ -49,6 +49,7 @@ class Backend:
     ``weight_grad(dy, x, pattern, layout)`` takes both of the padded size and returns ``(a, d, b, c)``, contiguous; None
     where that of the ``bmm`` backend serves. With ``weight_grad_of_logical_sizes`` it takes fewer features as well, and
     those that are missing count as zeros.
+    ``reason_against_weight_grad(problem)`` is what stands against ``weight_grad`` alone.
     """
 
     name: str
@@ -57,3 +58,4 @@ class Backend:
     prepare: Callable[[Problem, str, int], Product] | None = None
     weight_grad: Callable[[Tensor, Tensor, Pattern, Layout], Tensor] | None = None
     weight_grad_of_logical_sizes: bool = False
+    reason_against_weight_grad: Callable[[Problem], str | None] = supports_everything

@@ -85,7 +85,7 @@ def weight_grad(
     problem = Problem.on(x.device, pattern, x.shape[0 if layout is Layout.BATCH_FIRST else 1], x.dtype, layout)
     choice = choice or choose_grad_tile(problem, _multiprocessors(problem.device_index))
     if choice is None:
-        raise BackendError(f"weight gradient of {problem}: every tile needs more shared memory than this GPU has")
+        raise BackendError(f"weight gradient of {problem}: {_TOO_LITTLE_SHARED_MEMORY}")
     dy, x = (t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     split = problem.dtype == torch.float32 and not problem.tf32
     last = layout is Layout.BATCH_LAST
@@ -130,4 +130,17 @@ def _why_no_tile(problem: Problem) -> str | None:
     return None if tiles_for(problem, built_for_sm90a()) else _TOO_LITTLE_SHARED_MEMORY
 
 
-BACKEND = Backend("cuda", multiply, reason_against, prepare, weight_grad, weight_grad_of_logical_sizes=True)
+def _reason_against_weight_grad(problem: Problem) -> str | None:
+    choice = choose_grad_tile(problem, _multiprocessors(problem.device_index))
+    return _TOO_LITTLE_SHARED_MEMORY if choice is None else None
+
+
+BACKEND = Backend(
+    "cuda",
+    multiply,
+    reason_against,
+    prepare,
+    weight_grad,
+    weight_grad_of_logical_sizes=True,
+    reason_against_weight_grad=_reason_against_weight_grad,
+)
