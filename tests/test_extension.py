@@ -95,13 +95,13 @@ def test_other_reasons_come_before_the_library(monkeypatch):
 def test_a_gpu_too_old_is_named(monkeypatch):
     monkeypatch.setattr(cuda, "why_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (8, 0), 1: (7, 5)}[device])
-    cuda._why_device_does_not_serve.cache_clear()
+    cuda.why_device_does_not_serve.cache_clear()
     try:
         assert BACKENDS["cuda"].reason_against(PROBLEM) is None
         on_second = Problem(PROBLEM.pattern, 6, torch.float16, "cuda", Layout.BATCH_FIRST, device_index=1)
         assert BACKENDS["cuda"].reason_against(on_second) == "compute capability 7.5: expected at least 8.0"
     finally:
-        cuda._why_device_does_not_serve.cache_clear()
+        cuda.why_device_does_not_serve.cache_clear()
 
 
 # ---- the operator

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import reduce
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from structlayers import Chain, Pattern
-from structlayers.backends import merging
+from structlayers.backends import cuda, merging
 from structlayers.factorize import merge_weights
 
 
@@ -58,3 +59,13 @@ def test_only_runs_that_fit_go_to_the_kernel(monkeypatch):
     for run, product in zip(runs, merging.merge(runs), strict=True):
         assert torch.equal(product, reduce(merge_weights, run))
     assert launches == [[3, *[4] * (merging.MOST_RUNS - 1)], [4]]
+
+
+def test_a_gpu_too_old_for_the_kernels_multiplies_by_torch(monkeypatch):
+    shapes = (1, 4, 2, 2), (2, 2, 2, 2)
+    like = {"device": torch.device("cuda", 1), "dtype": torch.float32, "requires_grad": False}
+    run = [SimpleNamespace(shape=shape, **like) for shape in shapes]
+    monkeypatch.setattr(merging, "has_kernel", lambda: True)
+    for reason, taken in ((None, True), ("compute capability 7.5", False)):
+        monkeypatch.setattr(cuda, "why_device_does_not_serve", lambda device, reason=reason: reason)
+        assert merging._takes_kernel(run) is taken

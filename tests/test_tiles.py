@@ -94,7 +94,7 @@ def test_no_tile_takes_more_shared_memory_than_the_gpu_has():
 
 def test_a_gpu_of_too_little_shared_memory_is_a_reason(monkeypatch):
     monkeypatch.setattr(cuda, "why_missing", lambda: None)
-    monkeypatch.setattr(cuda, "_why_device_does_not_serve", lambda device: None)
+    monkeypatch.setattr(cuda, "why_device_does_not_serve", lambda device: None)
     problem = Problem(Pattern(1, 64, 64, 4), 4096, torch.float16, "cuda", Layout.BATCH_FIRST, capability=(8, 6))
     assert cuda.reason_against(problem) == "every tile needs more shared memory than this GPU has"
     assert resolve("auto", problem).name == "bmm"

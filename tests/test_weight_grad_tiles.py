@@ -93,7 +93,7 @@ def test_auto_takes_another_backend_where_no_tile_fits(monkeypatch):
     pattern, n = Pattern(4, 64, 64, 1), 32
     problem = Problem(pattern, n, torch.float32, "cuda", Layout.BATCH_FIRST, capability=(8, 6))
     monkeypatch.setattr(cuda, "why_missing", lambda: None)
-    monkeypatch.setattr(cuda, "_why_device_does_not_serve", lambda device: None)
+    monkeypatch.setattr(cuda, "why_device_does_not_serve", lambda device: None)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 84)
     monkeypatch.setattr(ops, "_problem", lambda *arguments: problem)
     assert resolve("auto", problem).name == "cuda"

@@ -115,11 +115,12 @@ def reason_against(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device_type}: expected cuda"
     if problem.dtype not in DTYPES:
         return f"the kernels have no {problem.dtype}: expected one of {list(DTYPES)}"
-    return why_missing() or _why_device_does_not_serve(problem.device_index) or _why_no_tile(problem)
+    return why_missing() or why_device_does_not_serve(problem.device_index) or _why_no_tile(problem)
 
 
 @cache
-def _why_device_does_not_serve(device: int) -> str | None:
+def why_device_does_not_serve(device: int) -> str | None:
+    """None, or why the kernels have no code for that GPU."""
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]}: expected at least {CAPABILITY[0]}.{CAPABILITY[1]}"

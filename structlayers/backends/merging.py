@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structlayers._extension import why_missing
+from structlayers.backends import cuda
 from structlayers.factorize import merge_weights
 from structlayers.patterns import Pattern
 
@@ -60,7 +61,10 @@ def merge(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _takes_kernel(run: Sequence[Tensor]) -> bool:
-    if run[0].device.type != "cuda" or run[0].dtype not in DTYPES or not has_kernel():
+    device = run[0].device
+    if device.type != "cuda" or run[0].dtype not in DTYPES or not has_kernel():
+        return False
+    if cuda.why_device_does_not_serve(torch.cuda.current_device() if device.index is None else device.index):
         return False
     # The kernel has no gradient.
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in run):
