@@ -1,12 +1,13 @@
 """JSON lines that a kill cannot spoil: append-only, a last line cut short is nobody's."""
 
+import contextlib
 import gzip
 import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from structlayers.errors import DataError
 
@@ -33,19 +34,35 @@ def check_appendable(path: Path) -> None:
 def append_lines(path: Path, values: Sequence[object]) -> None:
     """Append JSON lines, on disk at once, after cutting off a last line that a killed run left unfinished.
 
-    Raises as :func:`check_appendable`.
+    Raises as :func:`check_appendable`, and ``DataError`` where the file cannot be written.
     """
     check_appendable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
-    with path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            # A line that another process has half written is no line cut short. Closing the file releases it.
+            _lock(file)
+            file.seek(0)
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from error
+
+
+def _lock(file: BinaryIO) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        # Not a POSIX system: one process at a time.
+        return
+    with contextlib.suppress(OSError):
+        # Some network file systems know no locks.
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def read_lines(

@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,30 @@ def test_a_line_cut_short_is_left_out_and_replaced(tmp_path):
     assert [found.batch for found in read_rows(path)] == [1]
     append_rows(path, [row(batch=3)])
     assert [found.batch for found in read_rows(path)] == [1, 3]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from structlayers.bench.jsonl import append_lines
+for q in range(60):
+    append_lines(Path(sys.argv[1]), [{"who": sys.argv[2], "q": q, "long": "x" * 200_000}])
+"""
+
+
+def test_two_processes_appending_lose_nothing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in ("one", "two")]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [(name, q) for name in ("one", "two") for q in range(60)]
+    assert sorted((line["who"], line["q"]) for line in found) == expected
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/rows.jsonl: cannot be written: .*File exists"):
+        append_rows(tmp_path / "file" / "rows.jsonl", [row()])
 
 
 def test_rows_of_a_later_version_are_read(tmp_path):
