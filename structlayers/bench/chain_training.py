@@ -15,7 +15,7 @@ from structlayers.bench.compare import describe_error, room_to_compile
 from structlayers.bench.cost import peak_memory
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.machine import Roofline
-from structlayers.bench.products import fill_timings, float32_precision, rows_to_check
+from structlayers.bench.products import fill_timings, float32_precision, rows_to_check, without_oracle
 from structlayers.bench.results import Result
 from structlayers.bench.rows import DISAGREES, FAILED, TIMED
 from structlayers.bench.timing import TimingPlan, in_turn, wall_time_ms
@@ -82,10 +82,13 @@ def _time_training(
     first = layout is Layout.BATCH_FIRST
     generator = torch.Generator(device).manual_seed(seed)
     draw = partial(torch.randn, generator=generator, dtype=DTYPES[case.dtype], device=device)
-    x = draw(n, chain.in_features) if first else draw(chain.in_features, n)
-    dy = draw(n, chain.out_features) if first else draw(chain.out_features, n)
-    weights = [draw(pattern.weight_shape).mul_(pattern.c**-0.5) for pattern in chain]
-    expected = oracle_gradients(chain, weights, x if first else x.T, dy if first else dy.T)
+    try:
+        x = draw(n, chain.in_features) if first else draw(chain.in_features, n)
+        dy = draw(n, chain.out_features) if first else draw(chain.out_features, n)
+        weights = [draw(pattern.weight_shape).mul_(pattern.c**-0.5) for pattern in chain]
+        expected = oracle_gradients(chain, weights, x if first else x.T, dy if first else dy.T)
+    except Exception as error:  # out of memory: the rows say so, and the next case may be smaller
+        return without_oracle(contenders, error, device)
 
     results: list[Result] = []
     steps: dict[str, Step] = {}

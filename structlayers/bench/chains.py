@@ -33,7 +33,7 @@ from structlayers.bench.cost import peak_memory
 from structlayers.bench.energy import EnergyColumn
 from structlayers.bench.jsonl import check_appendable
 from structlayers.bench.machine import Roofline, measure_roofline
-from structlayers.bench.products import check_output, fill_timings, float32_precision, rows_to_check
+from structlayers.bench.products import check_output, fill_timings, float32_precision, rows_to_check, without_oracle
 from structlayers.bench.results import Result
 from structlayers.bench.rows import FAILED, TIMED
 from structlayers.bench.sweep import (
@@ -103,11 +103,14 @@ def _time_chain(
     first = layout is Layout.BATCH_FIRST
     generator = torch.Generator(device).manual_seed(conditions.seed)
     draw = partial(torch.randn, generator=generator, dtype=DTYPES[case.dtype], device=device)
-    x = draw(n, chain.in_features) if first else draw(chain.in_features, n)
-    # Scaled for outputs of size one, which 16 bits hold.
-    weights = [draw(pattern.weight_shape).mul_(pattern.c**-0.5) for pattern in chain]
-    rows = torch.tensor(rows_to_check(n), device=device)
-    expected = oracle(chain, weights, x[rows] if first else x[:, rows].T)
+    try:
+        x = draw(n, chain.in_features) if first else draw(chain.in_features, n)
+        # Scaled for outputs of size one, which 16 bits hold.
+        weights = [draw(pattern.weight_shape).mul_(pattern.c**-0.5) for pattern in chain]
+        rows = torch.tensor(rows_to_check(n), device=device)
+        expected = oracle(chain, weights, x[rows] if first else x[:, rows].T)
+    except Exception as error:  # out of memory: the rows say so, and the next case may be smaller
+        return without_oracle(contenders, error, device)
 
     results: list[Result] = []
     single: dict[str, Callable[[], object]] = {}

@@ -112,11 +112,14 @@ def _time_product(
     generator = torch.Generator(device).manual_seed(seed)
     pattern, n = problem.pattern, problem.n
     draw = partial(torch.randn, generator=generator, dtype=problem.dtype, device=device)
-    x = draw(n, pattern.in_features) if first else draw(pattern.in_features, n)
-    # Scaled for outputs of size one, which 16 bits hold.
-    weight = draw(pattern.weight_shape).mul_(pattern.c**-0.5)
-    rows = torch.tensor(rows_to_check(n), device=device)
-    expected = reference((x[rows] if first else x[:, rows].T).double(), weight.double())
+    try:
+        x = draw(n, pattern.in_features) if first else draw(pattern.in_features, n)
+        # Scaled for outputs of size one, which 16 bits hold.
+        weight = draw(pattern.weight_shape).mul_(pattern.c**-0.5)
+        rows = torch.tensor(rows_to_check(n), device=device)
+        expected = reference((x[rows] if first else x[:, rows].T).double(), weight.double())
+    except Exception as error:  # out of memory: the rows say so, and the next case may be smaller
+        return without_oracle(contenders, error, device)
     bound = tolerance(problem.dtype, pattern.c, float32_precision=torch.get_float32_matmul_precision())
 
     results: list[Result] = []
@@ -144,6 +147,13 @@ def _time_product(
     if energy is not None:
         fill_energy(results, calls if takes_turns(way) else single, n, energy)
     return results
+
+
+def without_oracle(contenders: Sequence[str], error: Exception, device: torch.device) -> list[Result]:
+    """The results of a case whose data or oracle cannot be had: nothing may be timed."""
+    release_memory(device)
+    reason = f"no oracle to check against: {describe_error(error)}"
+    return [Result(name, FAILED, reason) for name in contenders]
 
 
 def check_output(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from structlayers.bench import grid, kernels, overhead
+from structlayers.bench import chains, grid, kernels, overhead, training
 from structlayers.bench.kernel_rows import KernelRow, append_row, line, read_rows, summary
 from structlayers.bench.machine import Roofline
 from structlayers.bench.products import rows_to_check
@@ -246,3 +246,25 @@ def test_a_compressed_file_is_refused_before_anything_is_measured(tmp_path, monk
     monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=r"rows\.jsonl\.gz: rows are not added to a compressed file"):
         command(tmp_path / "rows.jsonl.gz", *TWO)
+
+
+@pytest.mark.parametrize(
+    ("run", "fixed"),
+    [
+        (kernels.main, ("--patterns", "(1,4,4,2)", "--layouts", "batch_first", "--backends", "bmm")),
+        (chains.main, ("--chains", "(1,4,4,2)", "--contenders", "dense")),
+        (training.main, ("--chains", "(1,4,4,2)", "--contenders", "dense")),
+    ],
+    ids=["kernels", "chains", "training"],
+)
+def test_a_case_without_memory_for_its_data_is_a_row_and_the_next_is_timed(run, fixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(chains, "measure_roofline", lambda device, dtype: Roofline(10.0, 100.0))
+    monkeypatch.setattr(training, "measure_roofline", lambda device, dtype: Roofline(10.0, 100.0))
+    out = tmp_path / "rows.jsonl"
+    options = ["--device", "cpu", "--budget", "0", "--samples", "1", "1", "--out", str(out), "--dtypes", "float32"]
+    # More bytes than an address has.
+    run([*options, *fixed, "--batches", str(2**58), "4"])
+    (first,), (second,) = (json.loads(text)["results"] for text in out.read_text().splitlines())
+    assert first["status"] == "failed"
+    assert first["reason"].startswith("no oracle to check against: RuntimeError: ")
+    assert second["status"] == "timed"
