@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -217,3 +218,22 @@ def test_the_sources_compile(setup_script, source, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert target.stat().st_size > 1000
+
+
+def test_a_source_distribution_has_what_the_kernels_are_compiled_from(tmp_path, monkeypatch):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    (tree / "structlayers").mkdir()
+    (tree / "structlayers" / "__init__.py").touch()
+    # Whether or not there was a compiler where it was made.
+    monkeypatch.setenv("STRUCTLAYERS_CUDA", "0")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as files:
+        found = {Path(name).name for name in files.getnames() if "/csrc/" in name}
+    assert found >= {path.name for path in (ROOT / "csrc").iterdir()}
