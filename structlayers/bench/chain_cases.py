@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from structlayers.bench.grid import PAPER_BATCH
+from structlayers.bench.timing import check_batches
 from structlayers.errors import ChainError, ConfigError
 from structlayers.patterns import Chain
 
@@ -134,8 +135,9 @@ def chain_cases(
 ) -> list[ChainCase]:
     """The cases of a suite, or of ``chains`` written out; batches and dtypes that are named stand in for its own.
 
-    Raises ``ConfigError`` for an unknown suite, ``ChainError`` for a text that is no chain.
+    Raises ``ConfigError`` for an unknown suite or a batch below 1, ``ChainError`` for a text that is no chain.
     """
+    check_batches(batches)
     if chains:
         found: Iterable[ChainCase] = [
             ChainCase(Chain.parse(text), Chain.parse(text).spec, PAPER_BATCH, "bfloat16") for text in chains

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from structlayers.backends import tuning
 from structlayers.bench import grid
 from structlayers.bench.energy import EnergyColumn
@@ -148,12 +146,13 @@ def _text(value: object) -> str | None:
 def run(options: argparse.Namespace) -> None:
     """What the command does once its options are read."""
     if options.overhead:
-        print(overhead_table(torch.device(options.device)))
+        print(overhead_table(device_of(options.device)))
         return
     for name in options.backends:
         check_contender(name)
     if not options.summary:
         check_appendable(options.out)
+        device_of(options.device)
         deadline, problems = Deadline(min(options.minutes, options.seconds / 60)), cases(options)
         if options.cache is not None:
             tuning.load(options.cache)

@@ -361,7 +361,10 @@ def main(arguments: Sequence[str] | None = None, now: Callable[[], datetime] | N
             *(arguments if arguments is not None else sys.argv[1:]),
         ]
         blocks += [Heading("This report"), Text(f"Made on {date} by"), Code(shlex.join(map(str, command)))]
-        for path in write_report(options.out, options.title, blocks):
-            print(path)
+        try:
+            paths = write_report(options.out, options.title, blocks)
+        except OSError as error:
+            raise DataError(f"{options.out}: cannot be written: {error}") from error
+        print(*paths, sep="\n")
     except (ConfigError, DataError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -40,6 +40,8 @@ def device_of(name: str) -> torch.device:
         raise ConfigError(f"device = {name!r}: expected cpu, cuda or cuda:<number>")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}: this torch ({torch.__version__}) sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device = {name!r}: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

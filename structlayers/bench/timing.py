@@ -39,6 +39,13 @@ def takes_turns(way: str) -> bool:
     return way in (IN_TURN, ON_CPU[IN_TURN])
 
 
+def check_batches(batches: Sequence[int]) -> None:
+    """Raises ``ConfigError`` for a batch below 1, of which there is nothing to check or to time."""
+    for n in batches:
+        if n < 1:
+            raise ConfigError(f"batch = {n}: expected an integer >= 1")
+
+
 @dataclass(frozen=True)
 class Timing:
     """Latency quantiles over repeated calls."""
@@ -76,7 +83,7 @@ class TimingPlan:
     flush_by: str = "write"
 
     def __post_init__(self) -> None:
-        if self.warmup < 1 or not 1 <= self.min_samples <= self.max_samples or self.budget_s < 0:
+        if self.warmup < 1 or not 1 <= self.min_samples <= self.max_samples or not self.budget_s >= 0:
             raise ConfigError(f"{self}: expected warmup >= 1, 1 <= min_samples <= max_samples, budget_s >= 0")
         if self.flush_by not in ("write", "read"):
             raise ConfigError(f"flush_by = {self.flush_by!r}: expected write or read")

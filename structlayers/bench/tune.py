@@ -17,7 +17,7 @@ from structlayers.backends.auto import GPU_CANDIDATES
 from structlayers.backends.tuning import Entry
 from structlayers.bench.products import DENSE, contenders_for, time_product
 from structlayers.bench.results import Result
-from structlayers.bench.timing import TimingPlan
+from structlayers.bench.timing import TimingPlan, check_batches
 from structlayers.errors import BackendError, ConfigError
 from structlayers.patterns import Pattern
 from structlayers.problem import Layout, Problem
@@ -39,11 +39,14 @@ def problems_of(
     layouts: Sequence[str] = ("batch_first",),
     device: str = "cuda",
 ) -> list[Problem]:
-    """All combinations, dtype by dtype; ``patterns`` may be a chain. Raises ``ConfigError`` for an unknown dtype."""
+    """All combinations, dtype by dtype; ``patterns`` may be a chain. Raises ``ConfigError`` for an unknown dtype,
+    and for a batch below 1.
+    """
     patterns, where = list(patterns), torch.device(device)
     for name in dtypes:
         if name not in DTYPES:
             raise ConfigError(f"dtype = {name!r}: expected one of {', '.join(DTYPES)}")
+    check_batches(batches)
     return [
         replace(Problem.on(where, pattern, n, DTYPES[name], Layout(layout)), tf32=name == "tf32")
         for name in dtypes

@@ -3,12 +3,13 @@
 import argparse
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from structlayers.bench import __main__ as command
-from structlayers.bench import sweep
+from structlayers.bench import chains, kernels, report, sweep, training
 from structlayers.bench.machine import Roofline
 from structlayers.bench.timing import TimingPlan, copies_beyond_cache, in_turn, time_interleaved, wall_time_ms
 from structlayers.errors import ConfigError
@@ -130,3 +131,27 @@ def test_copies_are_twice_the_cache(monkeypatch):
     assert copies_beyond_cache(700, gpu) == 128
     assert copies_beyond_cache(10**9, gpu) == 2
     assert copies_beyond_cache(1, gpu) == 128
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        (kernels.main, ["--device", "foo"], "ConfigError: device = 'foo': expected cpu, cuda"),
+        (kernels.main, ["--overhead", "--device", "meta"], "ConfigError: device = 'meta': expected cpu, cuda"),
+        (kernels.main, ["--device", "cpu", "--batches", "0"], "ConfigError: batch = 0: expected an integer >= 1"),
+        (chains.main, ["--device", "cpu", "--batches", "-1"], "ConfigError: batch = -1: expected an integer >= 1"),
+        (training.main, ["--device", "cpu", "--batches", "0"], "ConfigError: batch = 0: expected an integer >= 1"),
+        (chains.main, ["--device", "cpu", "--budget", "nan"], "ConfigError: .*expected warmup >= 1, .* budget_s >= 0"),
+    ],
+)
+def test_a_wrong_option_is_one_line(run, options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message) as caught:
+        run([*options, "--out", str(tmp_path / "rows.jsonl")])
+    assert "\n" not in caught.value.code
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    rows = Path(__file__).resolve().parents[2] / "benchmarks" / "training_h200_2026-11-24.jsonl"
+    with pytest.raises(SystemExit, match=r"DataError: .*file/report: cannot be written: "):
+        report.main([str(rows), "--out", str(tmp_path / "file" / "report")])
