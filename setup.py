@@ -82,7 +82,8 @@ def compile_flags(torch_package: Path, archs: str) -> list[str]:
     """nvcc flags for one source file."""
     # Compressed, machine code takes a third of the bytes.
     language = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", *arch_flags(archs)]
-    if "9.0a" in archs:
+    # However the list spells it.
+    if "-gencode=arch=compute_90a,code=sm_90a" in language:
         language.append("-DSTRUCTLAYERS_SM90A")
     return [*language, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA", f"-I{torch_package / 'include'}"]
 

@@ -201,6 +201,11 @@ def test_architectures(setup_script):
             setup_script.arch_flags(wrong)
 
 
+def test_code_for_hopper_is_named_however_its_architecture_is_spelt(setup_script):
+    for archs, expected in (("8.0;9.0a", True), ("90a", True), ("9.0a+PTX", True), ("9.0", False), ("8.0+PTX", False)):
+        assert ("-DSTRUCTLAYERS_SM90A" in setup_script.compile_flags(Path("torch"), archs)) is expected, archs
+
+
 def test_every_source_is_compiled(setup_script):
     names = {Path(source).name for source in setup_script.SOURCES}
     assert "register.cpp" in names
