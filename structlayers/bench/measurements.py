@@ -159,7 +159,7 @@ def _of_factor(row: KernelRow) -> Iterable[Measurement]:
             row.n,
             row.dtype,
             row.layout,
-            "",
+            row.timing,
             result.status,
             result.reason,
             result.resolved,

@@ -8,6 +8,7 @@ from structlayers.bench.kernel_rows import KernelRow
 from structlayers.bench.measurements import read_files
 from structlayers.bench.results import Result
 from structlayers.bench.rows import Row
+from structlayers.bench.timing import EAGER, GRAPH
 
 
 def result(name, time, spread=0.02):
@@ -105,3 +106,16 @@ def test_rows_of_every_benchmark_are_compared(tmp_path, capsys):
     verdicts.main([str(paths[1]), str(paths[0]), "--fail-on-slower"])
     with pytest.raises(SystemExit, match="no such file"):
         verdicts.main([str(paths[0]), str(tmp_path / "absent.jsonl")])
+
+
+def test_one_factor_timed_in_two_ways_is_two_cases(tmp_path):
+    def of(time: float, timing: str) -> KernelRow:
+        results = [result("cuda", time)]
+        return KernelRow((1, 2, 2, 1), 8, "float16", "batch_first", False, 0.1, results, 1.0, 1.0, timing=timing)
+
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    kernel_rows.append_row(before, of(1.0, GRAPH))
+    kernel_rows.append_row(after, of(1.0, GRAPH))
+    kernel_rows.append_row(after, of(2.0, EAGER))
+    found = verdicts.compare_files(read_files([before]), read_files([after]))
+    assert sorted(entry.verdict for entry in found) == [verdicts.NEW, verdicts.SAME]
