@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from structlayers import prepared
+from structlayers import prepared, transformed
 from structlayers.backends import bmm, check_backend, resolve
 from structlayers.backends.base import activate
 from structlayers.backends.cuda import check_memory
@@ -239,18 +239,17 @@ def _save_frozen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _ks_frozen_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """Gradients for the input and the bias; the weights are constants."""
     output, x, bias, *weights = ctx.saved_tensors
-    multiply = torch.ops.structlayers.ks_frozen
     if ctx.activation == "relu":
         dy = torch.ops.aten.threshold_backward(dy, output.detach(), 0)
     elif ctx.activation != "none":
         sizes = (ctx.in_features, ctx.out_features)
-        z = multiply(x, weights, ctx.lengths, bias, *sizes, ctx.layout, "none", ctx.backend)
+        z = _frozen(x, weights, ctx.lengths, bias, *sizes, ctx.layout, "none", ctx.backend)
         dy = _activation_backward(dy, z, ctx.activation)
     d_x = None
     if ctx.needs_input_grad[0]:
         transposed = [w.transpose(2, 3) for form in prepared.forms(weights, ctx.lengths) for w in reversed(form)]
         sizes = (ctx.out_features, ctx.in_features)
-        d_x = multiply(dy, transposed, ctx.lengths, None, *sizes, ctx.layout, "none", ctx.backend)
+        d_x = _frozen(dy, transposed, ctx.lengths, None, *sizes, ctx.layout, "none", ctx.backend)
     d_bias = _batch_sum(dy, ctx.layout) if ctx.needs_input_grad[3] else None
     return d_x, [None] * len(weights), None, d_bias, None, None, None, None, None
 
@@ -312,6 +311,8 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """The ``ks_linear`` operator, by the shortest way to it."""
     if not _is_plain(x, weight, bias):
+        if transformed.is_transformed(options[-1]):
+            return transformed.multiply(x, [weight], bias, *options[:-1])
         return torch.ops.structlayers.ks_linear(x, weight, bias, *options)
     if _records(x, weight, bias):
         return _RecordedLinear.apply(x, weight, bias, *options)
@@ -320,9 +321,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Te
 
 def _chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
     """The ``ks_chain`` operator, likewise."""
-    if not _is_plain(x, *weights, bias) or _records(x, *weights, bias):
+    plain = _is_plain(x, *weights, bias)
+    if not plain and transformed.is_transformed(options[-1]):
+        return transformed.multiply(x, weights, bias, *options[:-1])
+    if not plain or _records(x, *weights, bias):
         return torch.ops.structlayers.ks_chain(x, weights, bias, *options)
     return _multiply(x, weights, bias, *options)
+
+
+def _frozen(x: Tensor, weights: Sequence[Tensor], lengths: Sequence[int], bias: Tensor | None, *options: Any) -> Tensor:
+    """The ``ks_frozen`` operator, likewise."""
+    if not _is_plain(x, *weights, bias):
+        if transformed.is_transformed(options[-1]):
+            # The factors come first.
+            return transformed.multiply(x, weights[: lengths[0]], bias, *options[:-1])
+        return torch.ops.structlayers.ks_frozen(x, weights, lengths, bias, *options)
+    if _records(x, bias):
+        return _RecordedFrozen.apply(x, weights, lengths, bias, *options)
+    return _ks_frozen(x, weights, lengths, bias, *options)
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -482,9 +498,4 @@ def ks_frozen(
     if dtype is not None:
         x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
         weights = [_cast(weight, dtype) for weight in weights]
-    options = (in_features, out_features, layout, activation, backend)
-    if not _is_plain(x, *weights, bias):
-        return torch.ops.structlayers.ks_frozen(x, weights, lengths, bias, *options)
-    if _records(x, bias):
-        return _RecordedFrozen.apply(x, weights, lengths, bias, *options)
-    return _ks_frozen(x, weights, lengths, bias, *options)
+    return _frozen(x, weights, lengths, bias, in_features, out_features, layout, activation, backend)

@@ -24,7 +24,7 @@ LAYERS = (
     {"reference", "_extension", "block_svd", "factorize"},
     {"backends"},
     {"plans"},
-    {"prepared"},
+    {"prepared", "transformed"},
     {"ops"},
     {"init", "refine", "data_aware", "transforms"},
     {"frozen"},
