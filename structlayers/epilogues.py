@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from structlayers.errors import ConfigError
@@ -82,17 +83,24 @@ def fuse_sequentials(model: nn.Module) -> None:
 class AbsorbedActivation(nn.Module):
     """The activation behind a layer of ``parent``: does nothing while that layer's op computes it, else itself."""
 
-    def __init__(self, activation: nn.Module, parent: nn.Module, child: str, epilogue: str) -> None:
+    def __init__(self, activation: nn.Module, absorption: Absorption, layer: KSLinear) -> None:
         super().__init__()
         self.activation = activation
-        self.child = child
-        self.epilogue = epilogue
-        # Not a module below this one: the parent holds this one.
-        self.__dict__["parent"] = parent
+        self.name = absorption.activation
+        self.child = absorption.child
+        # Not modules below this one: the parent holds this one and the layer.
+        self.__dict__["parent"] = absorption.parent
+        self.__dict__["layer"] = layer
+
+    @torch.compiler.assume_constant_result
+    def is_in_place(self) -> bool:
+        """Whether the parent still calls the layer and then this module, neither of them wrapped or replaced."""
+        modules = self.__dict__["parent"]._modules
+        return modules.get(self.child) is self.__dict__["layer"] and modules.get(self.name) is self
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.__dict__["parent"]._modules.get(self.child)
-        if isinstance(layer, KSLinear) and layer.absorbs and layer.absorbed == self.epilogue:
+        # Asked of this module first: a replica of it has the original's layer, which did not compute this x.
+        if self.is_in_place() and self.__dict__["layer"].absorbs:
             return x
         return self.activation(x)
 
@@ -110,11 +118,11 @@ class Absorption:
         """Let the layer do it, if it is a :class:`KSLinear` now."""
         layer = self.parent.get_submodule(self.child)
         if type(layer) is KSLinear and layer.activation == "none":
-            layer.absorbed = self.epilogue
             activation = self.parent.get_submodule(self.activation)
-            self.parent.add_module(
-                self.activation, AbsorbedActivation(activation, self.parent, self.child, self.epilogue)
-            )
+            absorber = AbsorbedActivation(activation, self, layer)
+            self.parent.add_module(self.activation, absorber)
+            layer.absorbed = self.epilogue
+            layer.__dict__["absorber"] = absorber
 
 
 def plan_absorptions(model: nn.Module, activations: Mapping[str, str]) -> list[Absorption]:

@@ -65,8 +65,10 @@ class KSLinear(nn.Module):
             nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in self.chain.weight_shapes
         )
         self._names = tuple(str(q) for q in range(len(self.chain)))
-        # The activation of the module behind this one, where it was left to this one's op (epilogues.py).
+        # The activation of the module behind this one, where it was left to this one's op (epilogues.py), and what now
+        # stands in its place there; no module below this one.
         self.absorbed = "none"
+        self.absorber: Any = None
         if bias:
             self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
         else:
@@ -114,8 +116,14 @@ class KSLinear(nn.Module):
 
     @property
     def absorbs(self) -> bool:
-        """Whether a call computes the activation of the module behind it too; not while hooks watch the product."""
-        return self.absorbed != "none" and self.activation == "none" and not has_hooks(self)
+        """Whether a call computes the activation of the module behind it too.
+
+        Not while hooks watch the product, nor once this layer or that module is wrapped, replaced or taken elsewhere:
+        what comes between the two reads the product itself.
+        """
+        if self.absorbed == "none" or self.absorber is None:
+            return False
+        return self.absorber.is_in_place() and self.activation == "none" and not has_hooks(self)
 
     # ---- freezing
 

@@ -258,6 +258,43 @@ def test_an_absorbed_activation_comes_back_when_it_must(tmp_path):
     torch.testing.assert_close(structlayers.densify(model)(x), expected)
 
 
+class Added(nn.Module):
+    """What an adapter does: the layer that it wraps, plus something."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x) + 1
+
+
+@pytest.mark.parametrize("part", ["c_fc", "act"])
+@pytest.mark.parametrize("wrap", [Added, lambda module: torch.compile(module, backend="eager"), nn.Sequential])
+def test_an_absorbed_activation_comes_back_where_something_is_put_between(part, wrap):
+    plain, model = model_of(), model_of()
+    x = torch.randn(3, 16)
+    swap_linears(plain, RULE)
+    swap_linears(model, RULE, activations={"*.c_fc": "act"})
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(x), plain(x))
+    for each in (plain, model):
+        setattr(each[1], part, wrap(getattr(each[1], part)))
+    torch.testing.assert_close(model(x), plain(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Identity, nn.GELU])
+def test_an_absorbed_activation_may_be_replaced(act):
+    plain, model = model_of(), model_of()
+    x = torch.randn(3, 16)
+    swap_linears(plain, RULE)
+    swap_linears(model, RULE, activations={"*.c_fc": "act"})
+    model.load_state_dict(plain.state_dict())
+    plain[1].act, model[1].act = act(), act()
+    torch.testing.assert_close(model(x), plain(x))
+
+
 @pytest.mark.parametrize(
     ("make", "activations", "message"),
     [
