@@ -137,9 +137,10 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _describe(full_name: str, module_name: str, module: nn.Module, name: str, parameter: nn.Parameter) -> _Item:
-    if isinstance(module, KSLinear) and name.startswith("factors."):
+    if isinstance(module, KSLinear) and name.startswith("factors.") and parameter.dim() == 4:
         chain = module.chain
-        c = chain[int(name.removeprefix("factors."))].c
+        # Where factor 0 is parametrized, what it is made of is "factors.parametrizations.0.original" and so on.
+        c = chain[int(name.removeprefix("factors.").removeprefix("parametrizations.").split(".")[0])].c
         return _Item(full_name, module_name, parameter, "factor", chain.in_features, c, len(chain))
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return _Item(full_name, module_name, parameter, "embedding")

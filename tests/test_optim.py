@@ -96,6 +96,29 @@ def test_every_trainable_parameter_once_in_few_named_groups(rule, options):
     torch.optim.AdamW(groups)
 
 
+def test_parametrized_factors_are_factors():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, weight):
+            return self.scale * weight
+
+    model = nn.Sequential(KSLinear(Chain.low_rank(64, 96, 4), bias=False))
+    nn.utils.parametrizations.weight_norm(model[0].factors, "0")
+    nn.utils.parametrize.register_parametrization(model[0].factors, "1", Scaled())
+    found = by_name(model, param_groups(model, 1.0, weight_decay=0.1))
+    originals = "0.factors.parametrizations"
+    assert {name: lr for name, (lr, _) in found.items()} == {
+        f"{originals}.0.original0": 8.0,
+        f"{originals}.0.original1": 8.0,
+        f"{originals}.1.original": 0.5,
+        f"{originals}.1.0.scale": 1.0,
+    }
+    assert [decay for _, decay in found.values()].count(0) == 1
+
+
 def test_group_names_say_what_is_in_them():
     model = nn.Sequential(nn.Linear(64, 64), KSLinear(Chain.monarch(64, 64)), KSLinear(Chain.monarch(64, 64)))
     names = [group["name"] for group in param_groups(model, 1e-3, weight_decay=0.1)]
