@@ -86,7 +86,7 @@ class _Recorder:
     batch: int = -1
     mask: Tensor | None = None
     sums: dict[str, _Sums] = field(default_factory=dict)
-    last: tuple[Tensor, int, _Sums] | None = None
+    last: tuple[Tensor, int | None, _Sums] | None = None
 
     def begin(self, batch: Any) -> None:
         self.batch += 1
@@ -97,9 +97,10 @@ class _Recorder:
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            # The version tells a tensor that was written to in place since.
-            if self.last is None or self.last[0] is not x or self.last[1] != x._version:
-                self.last = (x, x._version, self._of(name, x))
+            # The version tells a tensor that was written to in place since; those of inference mode have none.
+            version = None if x.is_inference() else x._version
+            if self.last is None or self.last[0] is not x or version is None or self.last[1] != version:
+                self.last = (x, version, self._of(name, x))
             new = self.last[2]
             old = self.sums.get(name)
             if old is None:

@@ -32,6 +32,24 @@ def test_moments_are_those_of_the_inputs():
         torch.testing.assert_close(moments[name].second, data.T @ data / 300, rtol=1e-5, atol=1e-6)
 
 
+def test_moments_in_inference_mode():
+    x = inputs(300, 12)
+    model = nn.ModuleDict({"one": nn.Linear(12, 7), "two": nn.Linear(12, 7), "three": nn.Linear(12, 7)})
+
+    def forward(model, batch):
+        model["one"](batch)
+        model["two"](batch)
+        # Tensors of inference mode do not count their changes.
+        model["three"](batch.mul_(2))
+
+    expected = collect_moments(model, [x[:100].clone(), x[100:].clone()], forward=forward)
+    with torch.inference_mode():
+        found = collect_moments(model, [x[:100].clone(), x[100:].clone()], forward=forward)
+    for name, moments in expected.items():
+        torch.testing.assert_close(found[name].second, moments.second)
+    assert swap_linears(model, SwapRule("low_rank", {"rank": 2}), init="project_data", moments=found).swapped
+
+
 @pytest.mark.parametrize(
     "chain",
     [Chain.monarch(24, 36, 2), Chain.low_rank(24, 36, 5), Chain.btt(24, 36, rank=2)],
