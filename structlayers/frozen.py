@@ -73,12 +73,10 @@ class FrozenFactors(nn.Module):
     lengths: list[int]
     _requires_grad: list[bool]
     # The parameters that were, and what they were like.
-    _former: list[Callable[[], nn.Parameter | None]]
+    _former: list[_Former]
     _states: list[tuple[int, int]]
     # What was handed out.
     _shown: list[Tensor] | None
-    # The last state dict, and where in it the factors went.
-    _saved: tuple[Callable[[], Any], str]
 
     def __init__(
         self,
@@ -126,10 +124,9 @@ class FrozenFactors(nn.Module):
         self.tensors = tuple(held[operand] for form in forms for operand in form.operands)
         self.lengths = [len(form.operands) for form in forms]
         self._requires_grad = [parameter.requires_grad for parameter in parameters]
-        self._former = [weakref.ref(parameter) for parameter in parameters]
+        self._former = [_Former(parameter) for parameter in parameters]
         self._states = [_state(parameter) for parameter in parameters]
         self._shown = None
-        self._saved = (_gone, "")
 
     # ---- for the layer
 
@@ -146,8 +143,21 @@ class FrozenFactors(nn.Module):
         parameters = []
         for factor, reference, needs in zip(self._own(), self._former, self._requires_grad, strict=True):
             former = reference()
-            parameters.append(nn.Parameter(factor.clone(), requires_grad=needs) if former is None else former)
+            if former is None:
+                former = nn.Parameter(factor.clone(), requires_grad=needs)
+                reference.become(former)
+            parameters.append(former)
         return nn.ParameterList(parameters)
+
+    def share(self, known: dict[int, _Former]) -> None:
+        """Tie these factors to those of other layers that were the same parameters, which somebody still holds.
+
+        ``known``: those met so far by the identity of the parameter; new ones are added.
+        """
+        for q, former in enumerate(self._former):
+            parameter = former()
+            if parameter is not None:
+                self._former[q] = known.setdefault(id(parameter), former)
 
     # ---- as a list of tensors
 
@@ -205,22 +215,46 @@ class FrozenFactors(nn.Module):
             missing_keys += [f"{prefix}{q}" for q in range(len(self))]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # A layer that is registered twice is one in the state dict too.
-        former, former_prefix = self._saved
-        if former() is destination:
-            copies = [destination[f"{former_prefix}{q}"] for q in range(len(self))]
-        else:
-            copies = self._copies()
-        self._saved = (weakref.ref(destination) if isinstance(destination, OrderedDict) else _gone, prefix)
-        for q, factor in enumerate(copies):
-            destination[f"{prefix}{q}"] = factor
+        for q, (factor, former) in enumerate(zip(self._copies(), self._former, strict=True)):
+            destination[f"{prefix}{q}"] = former.saved(destination, f"{prefix}{q}", factor)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has nothing to do with the parameters that this layer once had.
-        return {**self.__dict__, "_former": [_gone] * len(self), "_shown": None, "_saved": (_gone, "")}
+        return {**self.__dict__, "_shown": None}
 
 
-def _gone() -> None:
+class _Former:
+    """A parameter that was, for every frozen layer that had it: by what it is known that they were tied."""
+
+    def __init__(self, parameter: nn.Parameter | None = None) -> None:
+        # The parameter, and the last state dict with the key under which it went there.
+        self._parameter: Callable[[], Any] = _gone if parameter is None else weakref.ref(parameter)
+        self._state_dict: Callable[[], Any] = _gone
+        self._key = ""
+
+    def __call__(self) -> nn.Parameter | None:
+        """The parameter, where somebody still holds it."""
+        return self._parameter()
+
+    def become(self, parameter: nn.Parameter) -> None:
+        """Stand for a parameter that is made in place of the one that is no more."""
+        self._parameter = weakref.ref(parameter)
+
+    def saved(self, state_dict: Any, key: str, value: Tensor) -> Tensor:
+        """What a state dict is to hold: ``value``, or the equal tensor that it has of this parameter already."""
+        if self._state_dict() is state_dict:
+            other = state_dict.get(self._key)
+            if isinstance(other, Tensor) and torch.equal(other, value):
+                return other
+        self._state_dict = weakref.ref(state_dict) if isinstance(state_dict, OrderedDict) else _gone
+        self._key = key
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has nothing to do with the parameter; copies of tied layers are tied.
+        return _Former, ()
+
+
+def _gone() -> Any:
     """In place of a reference to what is no more."""
 
 

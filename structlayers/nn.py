@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -319,16 +320,30 @@ def freeze(model: nn.Module, max_bytes: int | None = None, batches: Sequence[int
     """:meth:`KSLinear.freeze` for every layer of a model; the limit is that of each layer.
 
     Raises :class:`ConfigError` for a model without such a layer, and what the layers raise; all of them are then as
-    they were, but for those that were frozen before, which are not any more.
+    they were, but for those that were frozen before, which are not any more. Layers that share factors share them again
+    when they are unfrozen.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KSLinear)}
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no structured layer: expected at least one to freeze")
+    unfreeze(model)
+    # What layers share is held until all of them are frozen, so that it is known as one parameter to each.
+    parameters = [parameter for layer in layers.values() for parameter in layer.factors.parameters()]
+    counts = Counter(map(id, parameters))
+    shared = [parameter for parameter in parameters if counts[id(parameter)] > 1]
+    del parameters
+    former: dict[int, Any] = {}
+    reports = []
     try:
-        return ModelFreezeReport(tuple((name, layer.freeze(max_bytes, batches)) for name, layer in layers.items()))
+        for name, layer in layers.items():
+            reports.append((name, layer.freeze(max_bytes, batches)))
+            if isinstance(layer.factors, FrozenFactors):
+                layer.factors.share(former)
     except BaseException:
         unfreeze(model)
         raise
+    del shared
+    return ModelFreezeReport(tuple(reports))
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
