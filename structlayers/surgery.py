@@ -339,11 +339,11 @@ class _Owners:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.holders = Counter(id(child) for m in model.modules() for child in m._modules.values())
-        self.names: dict[int, list[str]] = {}
+        self.names: dict[object, list[str]] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    self.names.setdefault(id(parameter), []).append(f"{prefix}.{key}" if prefix else key)
+                    self.names.setdefault(_memory(parameter), []).append(f"{prefix}.{key}" if prefix else key)
 
     def check(self, name: str) -> None:
         """Raise :class:`ChainError`, with the reason, if the layer of that name cannot be replaced."""
@@ -358,7 +358,8 @@ class _Owners:
         if self.holders[id(layer)] > 1:
             raise ChainError(f"the same module is registered in {self.holders[id(layer)]} places")
         for key, parameter in layer._parameters.items():
-            others = [other for other in self.names.get(id(parameter), []) if other != f"{name}.{key}"]
+            owners = [] if parameter is None else self.names[_memory(parameter)]
+            others = [other for other in owners if other != f"{name}.{key}"]
             if others:
                 raise ChainError(f"its {key} is tied to {', '.join(others)}")
         extra = [*layer._modules, *layer._buffers, *(key for key in layer._parameters if key not in ("weight", "bias"))]
@@ -370,6 +371,14 @@ class _Owners:
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             kind = f"{type(layer.weight).__name__} of {getattr(layer.weight, 'dtype', None)}"
             raise ChainError(f"its weight is a {kind}: expected a plain floating-point Parameter")
+
+
+def _memory(parameter: Tensor) -> object:
+    """Equal for two parameters that are one, or one tensor: ``nn.Parameter(other)`` is tied to ``other`` too."""
+    # Others may have no address, or one that says nothing.
+    if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.numel() == 0:
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

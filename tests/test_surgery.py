@@ -284,6 +284,14 @@ def test_tied_weights_and_shared_modules_are_skipped():
     assert model.shared[0][0] is model.shared[1][0] and isinstance(model.shared[0][0], KSLinear)
 
 
+def test_weights_tied_by_their_memory_are_skipped():
+    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64), "free": nn.Linear(32, 64)})
+    model["head"].weight = nn.Parameter(model["embed"].weight)
+    report = swap_linears(model, MONARCH)
+    assert reasons(report) == {"head": "its weight is tied to embed.weight"}
+    assert model["head"].weight.data_ptr() == model["embed"].weight.data_ptr()
+
+
 def test_parents_that_read_the_weight_are_skipped():
     class Reader(nn.Module):
         def __init__(self) -> None:
