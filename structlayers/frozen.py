@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -91,7 +91,7 @@ class FrozenFactors(nn.Module):
         first = parameters[0]
         dense_bytes = chain.dense_params * first.dtype.itemsize
         limit = dense_bytes if max_bytes is None else max_bytes
-        sizes = BATCHES if batches is None else tuple(batches)
+        sizes = BATCHES if batches is None else tuple(batches) if isinstance(batches, Iterable) else ()
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
             raise ConfigError(f"max_bytes = {max_bytes!r}: expected an integer >= 0, or None for {dense_bytes}")
         if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):

@@ -214,6 +214,8 @@ class KSLinear(nn.Module):
         Keeps dtype, device, training mode and ``requires_grad``. Raises :class:`ShapeError` if the sizes differ.
         """
         chain = Chain.parse(chain) if isinstance(chain, str) else chain
+        if not isinstance(chain, Chain):
+            raise ChainError(f"chain = {chain!r}: expected a Chain or its text")
         if (chain.in_features, chain.out_features) != (linear.in_features, linear.out_features):
             raise ShapeError(
                 f"chain {chain.spec} maps {chain.in_features} -> {chain.out_features} features: "

@@ -64,9 +64,10 @@ def param_groups(
     """
     if rule not in RULES:
         raise ConfigError(f"rule = {rule!r}: expected one of {', '.join(RULES)}")
-    if not (lr > 0 and math.isfinite(lr)):
+    # YAML may read 1e-3 as text.
+    if isinstance(lr, str) or not (lr > 0 and math.isfinite(lr)):
         raise ConfigError(f"lr = {lr!r}: expected a positive number")
-    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+    if isinstance(weight_decay, str) or not (weight_decay >= 0 and math.isfinite(weight_decay)):
         raise ConfigError(f"weight_decay = {weight_decay!r}: expected a number >= 0")
     if (base_width is not None) != (rule == "mup") or (base_width is not None and base_width < 1):
         raise ConfigError(f"base_width = {base_width!r} with rule {rule!r}: expected an integer >= 1 with 'mup' only")

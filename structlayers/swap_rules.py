@@ -46,9 +46,11 @@ class SwapRule:
             # A lone string is one pattern, not a sequence of letters.
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns or ()))
         object.__setattr__(self, "options", dict(self.options or {}))
-        if not self.max_kept > 0:
+        if not isinstance(self.structure, str):
+            raise ConfigError(f"structure {self.structure!r}: expected a name or a chain's text")
+        if isinstance(self.max_kept, str) or not self.max_kept > 0:
             raise ConfigError(f"max_kept = {self.max_kept!r}: expected a fraction of the dense parameters above 0")
-        if self.budget is not None and not 0 < self.budget <= 1:
+        if self.budget is not None and (isinstance(self.budget, str) or not 0 < self.budget <= 1):
             raise ConfigError(
                 f"budget = {self.budget!r}: expected a fraction of the dense parameters, above 0, at most 1"
             )

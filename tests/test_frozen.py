@@ -172,6 +172,7 @@ def test_limits_that_are_none():
         ({"max_bytes": 1.5}, "max_bytes = 1.5"),
         ({"batches": []}, r"batches = \[\]: expected integers >= 1"),
         ({"batches": [0]}, r"batches = \[0\]"),
+        ({"batches": 5}, "batches = 5: expected integers >= 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             layer.freeze(**options)

@@ -277,6 +277,8 @@ def test_from_linear_recovers_a_chain_exactly():
 def test_from_linear_refuses_other_sizes():
     with pytest.raises(ShapeError, match=r"maps 9 -> 7 features: expected 8 -> 7"):
         KSLinear.from_linear(nn.Linear(8, 7), CHAIN)
+    with pytest.raises(ChainError, match=r"chain = \[\(1, 7, 8, 1\)\]: expected a Chain or its text"):
+        KSLinear.from_linear(nn.Linear(8, 7), [(1, 7, 8, 1)])
 
 
 def test_trains():
