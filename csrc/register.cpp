@@ -79,7 +79,8 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   require(a * b * d <= most && a * c * d <= most, "more than 2^31 - 1 features");
   const int64_t in_features = x.size(batch_last ? 0 : 1), n = x.size(batch_last ? 1 : 0);
   require(in_features <= a * c * d && out_features <= a * b * d, "more features than the factor has");
-  require(x.size(1) <= 1 || x.stride(1) == 1, "cuda_product expects stride 1 in the last dimension of x");
+  // Without elements, any strides count as contiguous.
+  require(n == 0 || x.size(1) <= 1 || x.stride(1) == 1, "cuda_product expects stride 1 in the last dimension of x");
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
 
@@ -147,7 +148,7 @@ Tensor cuda_pair(const Tensor& x, const Tensor& left, const Tensor& right, const
   const int64_t in_features = x.size(1), n = x.size(0);
   require(in_features <= blocks * c && out_features <= a * b * delta, "more features than the pair has");
   require(n <= most - 64, "more than 2^31 - 65 rows");
-  require(in_features <= 1 || x.stride(1) == 1, "cuda_pair expects stride 1 in the last dimension of x");
+  require(n == 0 || in_features <= 1 || x.stride(1) == 1, "cuda_pair expects stride 1 in the last dimension of x");
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor y = empty_matrix(x, n, out_features);
@@ -200,7 +201,7 @@ Tensor cuda_weight_grad(const Tensor& dy, const Tensor& x, int64_t a, int64_t b,
   const int64_t n = x.size(batch_axis);
   require(dy.size(batch_axis) == n, "cuda_weight_grad expects one batch");
   require(dy.size(feature_axis) <= a * b * d && x.size(feature_axis) <= a * c * d, "more features than the factor has");
-  require((dy.size(1) <= 1 || dy.stride(1) == 1) && (x.size(1) <= 1 || x.stride(1) == 1),
+  require(n == 0 || ((dy.size(1) <= 1 || dy.stride(1) == 1) && (x.size(1) <= 1 || x.stride(1) == 1)),
           "cuda_weight_grad expects stride 1 in the last dimension");
   require(splits > 0 && splits <= most, "cuda_weight_grad expects at least one split");
   const int32_t device = x.get_device_index();

@@ -265,6 +265,15 @@ def test_an_empty_batch(kind, layout):
     torch.cuda.synchronize()
 
 
+def test_an_empty_batch_has_any_strides():
+    """Without elements every tensor is contiguous: a transposed input, and the expanded gradient of a sum."""
+    w = draw(1, 4, 5, 6, dtype=torch.float16).requires_grad_()
+    x = draw(24, 7, dtype=torch.float16).T[:0].requires_grad_()
+    assert x.is_contiguous() and x.stride() == (1, 7)
+    dx, dw = torch.autograd.grad(ks_linear(x, w, backend="cuda").sum(), (x, w))
+    assert dx.shape == x.shape and torch.equal(dw, torch.zeros_like(w))
+
+
 def test_float32_is_as_accurate_as_cublas():
     for c in (64, 256, 1024):
         pattern = Pattern(2, 128, c, 4)
