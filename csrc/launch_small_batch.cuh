@@ -59,7 +59,8 @@ inline bool small_batch_choice(const Product& p, bool batch_last, int size, int 
     if (step_chunks > most) step_chunks = most / warps_k * warps_k;
     if (step_chunks <= 0) return false;
   }
-  cut.k_step = static_cast<int>(std::min<int64_t>(step_chunks * chunk, std::numeric_limits<int>::max() / 2));
+  // Whole chunks, also where a sum is so long that it is cut only lest 32 bits overflow: pieces stay aligned.
+  cut.k_step = static_cast<int>(std::min<int64_t>(step_chunks * chunk, std::numeric_limits<int>::max() / 2 / chunk * chunk));
   cut.x_pitch = static_cast<int>(pitch_of(step_chunks));
   // What a warp reads of the partial sums, l fastest, falls in different banks.
   cut.l_pitch = tn * (tj + 4) + 32 / run;
