@@ -143,7 +143,7 @@ class BatchFirstUnaligned : UnalignedOutput<UnalignedFetch<UnalignedFrame<Tile_>
         const int k = q * 8 + r / 2 * 4;
         uint32_t exact = load_shared_4(source + r % 2 * 8 * Tile::XPitch + k * DL * 4);
         exact = k * DL < left ? exact : 0;
-        upper[q][r] = upper_part(exact);
+        upper[q][r] = Tile::Split ? upper_part(exact) : rounded_by_cutting(exact);
         if constexpr (Tile::Split) lower[q][r] = lower_part(exact, upper[q][r]);
       }
     }

@@ -106,12 +106,11 @@ class Float32Registers : Float32Output<Float32Fetch<Float32Frame<Tile_>>> {
     ready(lower);
   }
 
-  // The tensor core cuts off what is behind the 10 bits, so that half of the last rounds to nearest.
   static __device__ __forceinline__ void round_x(Operands& rounded, const Raw& raw, int l) {
 #pragma unroll
     for (int q = 0; q < 2; ++q)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) rounded[q][r] = raw[r % 2][raw_index(2 * q + r / 2, l)] + 0x1000u;
+      for (int r = 0; r < 4; ++r) rounded[q][r] = rounded_by_cutting(raw[r % 2][raw_index(2 * q + r / 2, l)]);
     ready(rounded);
   }
 

@@ -128,7 +128,7 @@ struct UnalignedFetch : Base {
           uint32_t upper[4], lower[4];
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
-            upper[m] = upper_part(v[m]);
+            upper[m] = Tile::Split ? upper_part(v[m]) : rounded_by_cutting(v[m]);
             lower[m] = lower_part(v[m], upper[m]);
           }
           store_shared_16(place[q], upper);

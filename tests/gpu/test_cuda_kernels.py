@@ -307,6 +307,20 @@ def test_extreme_values():
     assert bad.nonzero().flatten().tolist() == [3, 7]
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pattern", [(2, 32, 32, 1), (2, 64, 64, 4), (1, 64, 64, 16), (1, 61, 61, 3)], ids=str)
+def test_nan_of_all_bits_stays(pattern, layout, tf32):
+    """A GPU makes NaN of all bits, which rounding as an integer carries over into the sign."""
+    pattern = Pattern(*pattern)
+    x, w = draw(300, pattern.in_features, dtype=torch.float32), draw(*pattern.weight_shape, dtype=torch.float32)
+    x.view(torch.int32)[3, 5], x.view(torch.int32)[7, 9] = 0x7FFFFFFF, -1
+    with float32_precision(tf32):
+        y = ks_linear(x if layout == "batch_first" else x.T.contiguous(), w, layout=layout, backend="cuda")
+    bad = ~torch.isfinite(y if layout == "batch_first" else y.T).all(1)
+    assert bad.nonzero().flatten().tolist() == [3, 7]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_offsets_beyond_two_to_the_31(layout):
