@@ -20,7 +20,7 @@ from structlayers.build import build_model
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError
 from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, read_checkpoint
-from structlayers.lit.callbacks import StepTimer
+from structlayers.lit.callbacks import LastCheckpoint, StepTimer
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
 
 say = rank_zero_only(print)
@@ -79,6 +79,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         for path in sorted(Path(cfg.profiler.dirpath).glob("fit-*.txt")):
             say(*path.read_text().splitlines()[:40], f"all of it: {path}", sep="\n")
     best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+    last = next((callback.path for callback in callbacks.values() if isinstance(callback, LastCheckpoint)), None)
     [metrics] = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     return RunResult(
         name=name,
@@ -90,7 +91,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         disguised=disguised_chains(model),
         metrics={key.removeprefix("test/"): value for key, value in metrics.items()},
         wall_s=time.perf_counter() - start,
-        checkpoint=best or "none written",
+        checkpoint=best or (str(last) if last and last.is_file() else "none written"),
         steps=steps,
         val_loss=None if val_loss is None else float(val_loss),
         step_ms=timer.step_ms,

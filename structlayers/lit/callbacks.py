@@ -184,7 +184,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """``last.ckpt``, to resume from: after every epoch, every validation, and ``every_n_steps`` steps if not 0."""
+    """``last.ckpt``, to resume from: after every epoch and validation, ``every_n_steps`` steps if not 0, and the end."""
 
     def __init__(self, dirpath: str, every_n_steps: int = 0) -> None:
         super().__init__()
@@ -203,7 +203,9 @@ class LastCheckpoint(Checkpoint):
             return
         self._step = trainer.global_step
         # Not on_train_epoch_end: resumed from there, Lightning counts an epoch twice where max_steps ends the training.
-        if trainer.is_last_batch or (self.every_n_steps and self._step % self.every_n_steps == 0):
+        # max_steps may end the training in the middle of an epoch, where nothing else would keep what it has learnt.
+        at_end = trainer.is_last_batch or self._step == trainer.max_steps
+        if at_end or (self.every_n_steps and self._step % self.every_n_steps == 0):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

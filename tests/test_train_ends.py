@@ -1,0 +1,45 @@
+"""How a run of ``python train.py`` ends: what it leaves behind, what it says, and its exit code."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["model.width=32", "structure.options.blocks=4", "data.batch_size=128", "trainer.max_epochs=1"]
+QUICK += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(train, tmp_path, monkeypatch, capsys):
+    """Run train.py with overrides in ``tmp_path``; returns what it printed."""
+    threads = torch.get_num_threads()
+
+    def command(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}", *QUICK, *overrides])
+        train.main()
+        return capsys.readouterr().out
+
+    yield command
+    torch.set_num_threads(threads)
+
+
+def test_a_training_that_max_steps_ends_in_an_epoch_leaves_its_last_checkpoint(run, tmp_path):
+    printed = run("trainer.max_steps=3")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert f"checkpoint (monarch, seed 0): {last}" in printed
+    # Goes on from there: 9 steps per epoch.
+    run("trainer.max_steps=-1", "trainer.max_epochs=2", f"ckpt_path={last}", "optim.schedule_steps=18")
+    assert torch.load(last, weights_only=True)["global_step"] == 18
