@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -49,6 +50,9 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     callbacks = {key: instantiate(callback) for key, callback in cfg.callbacks.items()}
     if not cfg.trainer.enable_progress_bar:
         callbacks.pop("progress_bar", None)
+    # Lightning would add a checkpoint of its own where none is asked for.
+    writes = any(isinstance(callback, Checkpoint) for callback in callbacks.values())
+    checkpointing = cfg.trainer.get("enable_checkpointing", writes)
     timer = StepTimer()
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
@@ -57,6 +61,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         logger=[instantiate(logger) for logger in cfg.logger.values()],
         profiler=instantiate(cfg.profiler) if cfg.profiler else None,
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=checkpointing,
     )
     folder = Path(cfg.output_dir)
     if trainer.is_global_zero:

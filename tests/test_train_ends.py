@@ -43,3 +43,9 @@ def test_a_training_that_max_steps_ends_in_an_epoch_leaves_its_last_checkpoint(r
     # Goes on from there: 9 steps per epoch.
     run("trainer.max_steps=-1", "trainer.max_epochs=2", f"ckpt_path={last}", "optim.schedule_steps=18")
     assert torch.load(last, weights_only=True)["global_step"] == 18
+
+
+def test_without_checkpoint_callbacks_none_is_written(run, tmp_path):
+    printed = run("~callbacks.best", "~callbacks.last")
+    assert "none written" in printed
+    assert not list(tmp_path.rglob("*.ckpt"))
