@@ -6,6 +6,7 @@ say what it means.
 """
 
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
@@ -85,7 +86,8 @@ def train(cfg: DictConfig, name: str) -> RunResult:
             say(*path.read_text().splitlines()[:40], f"all of it: {path}", sep="\n")
     best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
     last = next((callback.path for callback in callbacks.values() if isinstance(callback, LastCheckpoint)), None)
-    [metrics] = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+    # Empty where limit_test_batches is 0.
+    tested = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     return RunResult(
         name=name,
         seed=cfg.seed,
@@ -94,7 +96,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         n_swapped=len(report.swapped),
         kept=report.kept if report.swapped else None,
         disguised=disguised_chains(model),
-        metrics={key.removeprefix("test/"): value for key, value in metrics.items()},
+        metrics={key.removeprefix("test/"): value for key, value in (tested[0] if tested else {}).items()},
         wall_s=time.perf_counter() - start,
         checkpoint=best or (str(last) if last and last.is_file() else "none written"),
         steps=steps,
@@ -137,7 +139,7 @@ def runs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 
 @entry_point("train")
 def main(cfg: DictConfig) -> float:
-    """Train what the configuration asks for; returns the test metric, for sweepers that want one."""
+    """Train what the configuration asks for; returns the test metric, for sweepers that want one; nan without a test."""
     # What Lightning says about itself at every start, and advice that does not hold for small models.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -149,7 +151,8 @@ def main(cfg: DictConfig) -> float:
         torch.set_num_threads(cfg.threads)
     results = [train(run, name) for name, run in wanted]
     say(f"\n{summarise(results)}")
-    return results[0].metrics["accuracy" if "accuracy" in results[0].metrics else "loss"]
+    metrics = results[0].metrics
+    return metrics.get("accuracy", metrics.get("loss", math.nan))
 
 
 if __name__ == "__main__":

@@ -49,3 +49,9 @@ def test_without_checkpoint_callbacks_none_is_written(run, tmp_path):
     printed = run("~callbacks.best", "~callbacks.last")
     assert "none written" in printed
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_without_a_test_ends_with_its_table(run):
+    printed = run("trainer.limit_test_batches=0")
+    assert "last validation loss" in printed
+    assert "test accuracy" not in printed
