@@ -28,7 +28,7 @@ from structlayers.bench.plot import plot_rows
 from structlayers.bench.rows import Row, append_rows, read_rows, table
 from structlayers.bench.sweep import WandbLog
 from structlayers.bench.timing import TimingPlan
-from structlayers.build import build_model
+from structlayers.build import build_model, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError, DataError
 from structlayers.lit import check_matches, evaluate, read_checkpoint
@@ -99,6 +99,7 @@ def from_config(cfg: DictConfig) -> Subject:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     model_args = config["model_args"] or instantiate(cfg.data).model_args()
     model, report = build_model(config["model"], config["structure"], model_args)
+    require_swaps(config["structure"], report)
     print(report)
     name = cfg.name or f"{type(model).__name__}, random weights"
     return Subject(

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from structlayers.build import build_model
+from structlayers.build import build_model, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError
 from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, read_checkpoint
@@ -39,6 +39,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     model_args = data.model_args()
     how = {"backend": cfg.backend, "recompute": cfg.recompute}
     model, report = build_model(config["model"], config["structure"], model_args, **how)
+    require_swaps(config["structure"], report)
     if checkpoint:
         check_matches(checkpoint, model, cfg.ckpt_path)
     flops = count_flops(model, example_input(data.task, model_args))

@@ -56,6 +56,13 @@ def build_model(
     return network, swap_linears(network, rules, backend=backend, recompute=recompute, **how)
 
 
+def require_swaps(structure: Mapping[str, Any] | None, report: SwapReport) -> None:
+    """Raise :class:`ConfigError`, with the reasons, where a structure was asked for and the model has stayed dense."""
+    if structure and not report.swapped:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.skipped[:3])
+        raise ConfigError(f"structure = {dict(structure)}: expected to replace a layer, all are skipped: {reasons}")
+
+
 def _without_nulls(rule: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in (rule.get("options") or {}).items() if value is not None}
     return {**rule, "options": options}

@@ -195,4 +195,4 @@ def test_nothing_timed_is_a_failure_that_keeps_its_rows(run, monkeypatch):
     # A check that nothing passes.
     monkeypatch.setattr("structlayers.bench.models.model_tolerance", lambda layer_tolerance, n_layers: 0.0)
     with pytest.raises(SystemExit, match="no variant could be timed"):
-        run("model.width=32", "batch_size=2")
+        run("model.width=32", "structure.options.blocks=4", "batch_size=2")

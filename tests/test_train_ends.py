@@ -55,3 +55,14 @@ def test_a_run_without_a_test_ends_with_its_table(run):
     printed = run("trainer.limit_test_batches=0")
     assert "last validation loss" in printed
     assert "test accuracy" not in printed
+
+
+@pytest.mark.parametrize(
+    "override", ["structure.options.blocks=abc", "structure.options.rank=0", "structure.max_kept=0.01"]
+)
+def test_a_structure_that_replaces_nothing_is_a_mistake(run, tmp_path, override):
+    """Otherwise a dense model would be trained under the structure's name."""
+    with pytest.raises(SystemExit, match="all are skipped: hidden.0: ") as caught:
+        run(override)
+    assert "\n" not in str(caught.value.code)
+    assert not list(tmp_path.rglob("*.ckpt"))
