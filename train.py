@@ -140,7 +140,7 @@ def runs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 
 @entry_point("train")
 def main(cfg: DictConfig) -> float:
-    """Train what the configuration asks for; returns the test metric, for sweepers that want one; nan without a test."""
+    """Train what the configuration asks for; returns the test metric for sweepers, nan without a test."""
     # What Lightning says about itself at every start, and advice that does not hold for small models.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings(

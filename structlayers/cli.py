@@ -1,6 +1,7 @@
 """What the command-line entry points share: a mistake of the user ends in one line and exit code 1."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -21,8 +22,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
 
     def decorate(task: Callable[[Any], Any]) -> Callable[[], None]:
         import hydra
+        from hydra.core.hydra_config import HydraConfig
         from hydra.errors import HydraException
-        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+        from hydra.types import RunMode
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
         from omegaconf.errors import OmegaConfBaseException
 
         mistakes: tuple[type[Exception], ...] = (
@@ -30,6 +33,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
             HydraException,
             OmegaConfBaseException,
             MisconfigurationException,
+            # A folder that cannot be written, a full disk.
+            OSError,
         )
 
         def one_line(error: BaseException) -> str:
@@ -43,10 +48,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
             detail = f" ({str(cause).splitlines()[0]})" if isinstance(cause, OmegaConfBaseException) else ""
             return " ".join(text.split()) + detail
 
-        full = False
+        full = started = False
 
         @wraps(task)
         def job(cfg: Any) -> Any:
+            nonlocal started
+            started = True
             # For what the task starts: the processes of a distributed run read this too.
             _show_tracebacks(full)
             try:
@@ -54,11 +61,23 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
             except mistakes as error:
                 if full:
                     raise
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    # Hydra runs the other jobs of a sweep before it raises this again, for which see main().
+                    print(f"error: job {HydraConfig.get().job.num}: {one_line(error)}", file=sys.stderr, flush=True)
+                    raise
                 # Here, because Hydra writes lines of its own about an exception that reaches it.
                 sys.exit(f"error: {one_line(error)}")
+            except SIGTERMException:
+                # Lightning's way out has the exit code of success.
+                print("error: ended by SIGTERM before the work was done", file=sys.stderr, flush=True)
+                sys.exit(128 + signal.SIGTERM)
+            finally:
+                # The error of an earlier job comes after the last one of a sweep.
+                _show_tracebacks(full or HydraConfig.get().mode == RunMode.MULTIRUN)
 
         def main() -> None:
-            nonlocal full
+            nonlocal full, started
+            started = False
             full = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
             # Lets errors of composing the configuration through, which Hydra would print over many lines.
             _show_tracebacks(True)
@@ -66,6 +85,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
             except mistakes as error:
                 if full:
+                    raise
+                sys.exit(f"error: {one_line(error)}")
+            except ValueError as error:
+                # Hydra's own about an override such as model=null, which it raises before the job begins.
+                if full or started:
                     raise
                 sys.exit(f"error: {one_line(error)}")
             finally:

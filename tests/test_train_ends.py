@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["model.width=32", "structure.options.blocks=4", "data.batch_size=128", "trainer.max_epochs=1"]
@@ -62,7 +63,45 @@ def test_a_run_without_a_test_ends_with_its_table(run):
 )
 def test_a_structure_that_replaces_nothing_is_a_mistake(run, tmp_path, override):
     """Otherwise a dense model would be trained under the structure's name."""
-    with pytest.raises(SystemExit, match="all are skipped: hidden.0: ") as caught:
+    with pytest.raises(SystemExit, match=r"all are skipped: hidden\.0: ") as caught:
         run(override)
     assert "\n" not in str(caught.value.code)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_sigterm_is_no_success(run, train, monkeypatch, capsys):
+    def killed(*_):
+        raise SIGTERMException
+
+    monkeypatch.setattr(train, "train", killed)
+    with pytest.raises(SystemExit) as caught:
+        run()
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "error: ended by SIGTERM before the work was done\n"
+
+
+@pytest.mark.parametrize("rates", ["-1,1e-3", "1e-3,-1"])
+def test_a_mistake_in_one_job_of_a_sweep_does_not_stop_the_others(train, tmp_path, monkeypatch, capsys, rates):
+    sweep = ["--multirun", f"hydra.sweep.dir={tmp_path}", *QUICK, f"optim.lr={rates}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *sweep])
+    with pytest.raises(SystemExit, match="error: lr is -1"):
+        train.main()
+    printed = capsys.readouterr()
+    assert printed.out.count("test accuracy") == 1
+    job = rates.split(",").index("-1")
+    assert f"error: job {job}: lr is -1; expected a number above 0" in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("experiment=null", "NoneType"),
+        ("output_dir=/proc/none", "/proc/none"),
+        ("hydra.run.dir=/proc/none", "/proc/none"),
+    ],
+)
+def test_what_fails_before_or_around_the_training_is_one_line(run, override, named):
+    with pytest.raises(SystemExit, match=named) as caught:
+        run(override)
+    assert re.fullmatch("error: .*", str(caught.value.code))
