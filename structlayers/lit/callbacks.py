@@ -184,7 +184,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """``last.ckpt``, to resume from: after every epoch, validation and ``every_n_steps`` steps if not 0, and the end."""
+    """``last.ckpt``, to resume from: after epochs, validations, ``every_n_steps`` steps if not 0, and the end."""
 
     def __init__(self, dirpath: str, every_n_steps: int = 0) -> None:
         super().__init__()
