@@ -185,7 +185,8 @@ class LitModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if self.trainer.precision != "bf16-mixed" or not gradient_clip_val:
+        # Like Lightning, no limit below 0: torch would turn the gradients round.
+        if self.trainer.precision != "bf16-mixed" or not gradient_clip_val or gradient_clip_val < 0:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         # Lightning refuses this for a fused optimizer in any mixed precision, but bfloat16 has no loss scale.
         elif gradient_clip_algorithm == "value":

@@ -129,12 +129,22 @@ def test_gradients_are_clipped_in_every_precision(precision, algorithm):
     assert model.weight.dtype == torch.float32
 
 
-def test_without_a_limit_gradients_stay_as_they_are():
-    loader = DataLoader(TensorDataset(100 * torch.randn(12, 4), torch.randint(3, (12,))), batch_size=12)
+@pytest.mark.parametrize("limit", [None, -1.0])
+def test_without_a_limit_gradients_stay_as_they_are(limit):
+    """As in Lightning, a limit below 0 is none: clipping to it would turn the gradients round."""
+    loader = DataLoader(TensorDataset(-100 * torch.ones(12, 4), torch.zeros(12, dtype=torch.long)), batch_size=12)
     seen = Gradients()
-    module = LitModule(nn.Linear(4, 3), "classification", lr=0.1)
-    trainer(max_steps=2, max_epochs=2, precision="bf16-mixed", callbacks=[seen]).fit(module, loader)
+    model = nn.Linear(4, 3)
+    # All logits alike.
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    before = model.bias.detach().clone()
+    module = LitModule(model, "classification", lr=0.1)
+    options = {"precision": "bf16-mixed", "gradient_clip_val": limit}
+    trainer(max_steps=2, max_epochs=2, callbacks=[seen], **options).fit(module, loader)
     assert seen.norm > 1
+    # Class 0 is the only label, so its bias grows.
+    assert module.model.bias[0] > before[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
