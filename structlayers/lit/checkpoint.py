@@ -1,6 +1,7 @@
 """Training checkpoints: written whole or not at all, and read with errors that say what is wrong with the file."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+        try:
+            replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+        except RuntimeError as error:
+            # What torch.save makes of a full disk names neither the file nor the disk.
+            free = shutil.disk_usage(path.parent).free
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: not written, with {free:,} bytes free on its disk: {reason}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

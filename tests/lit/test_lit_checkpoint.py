@@ -54,6 +54,18 @@ def test_a_failed_write_leaves_the_previous_checkpoint(path, monkeypatch, fails)
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_what_torch_says_about_a_full_disk_names_the_file(path, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 173760 vs 173648")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: not written, with [\d,]+ bytes free on its disk: "):
+        AtomicCheckpointIO().save_checkpoint(checkpoint_of(model(8)), path)
+    assert path.read_bytes() == before
+
+
 def test_the_new_checkpoint_appears_in_one_move(path, monkeypatch):
     """A kill before the move leaves the old file; the move itself is atomic within a folder."""
     moves = []
