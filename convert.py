@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import structlayers
-from structlayers.build import build_model
+from structlayers.build import build_model, check_finite
 from structlayers.calibrate import collect_moments
 from structlayers.cli import entry_point
 from structlayers.data_aware import InputMoments
-from structlayers.errors import ConfigError, DataError
+from structlayers.errors import ConfigError
 from structlayers.files import replace_file
 from structlayers.lit import LitModule, check_matches, evaluate, read_checkpoint
 from structlayers.lit.callbacks import ProgressBar
@@ -95,14 +95,6 @@ def load_dense(cfg: DictConfig) -> tuple[nn.Module, pl.LightningDataModule]:
         state = checkpoint["state_dict"].items()
         model.load_state_dict({name.removeprefix("model."): value for name, value in state})
     return model.eval(), data
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise ``DataError``, naming the parameter, if one has values that are not finite."""
-    for name, parameter in model.named_parameters():
-        wrong = int((~torch.isfinite(parameter)).sum())
-        if wrong:
-            raise DataError(f"{name}: {wrong} of {parameter.numel()} values are not finite: expected a trained model")
 
 
 def wanted(cfg: DictConfig) -> list[tuple[SwapRule, str, bool]]:

@@ -28,7 +28,7 @@ from structlayers.bench.plot import plot_rows
 from structlayers.bench.rows import Row, append_rows, read_rows, table
 from structlayers.bench.sweep import WandbLog
 from structlayers.bench.timing import TimingPlan
-from structlayers.build import build_model, require_swaps
+from structlayers.build import build_model, check_finite, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError, DataError
 from structlayers.lit import check_matches, evaluate, read_checkpoint
@@ -118,6 +118,7 @@ def from_checkpoint(cfg: DictConfig, device: torch.device) -> Subject:
     model, report = build_model(config["model"], config["structure"], model_args)
     check_matches(checkpoint, model, path)
     model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+    check_finite(model)
     model.eval()
     print(f"{path}\n{report}")
     name, structure = cfg.name or f"{type(model).__name__} of {path}", structure_name(config["structure"])

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
-from structlayers.errors import ConfigError
+from structlayers.errors import ConfigError, DataError
 from structlayers.surgery import SwapReport, swap_linears
 
 
@@ -61,6 +62,14 @@ def require_swaps(structure: Mapping[str, Any] | None, report: SwapReport) -> No
     if structure and not report.swapped:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.skipped[:3])
         raise ConfigError(f"structure = {dict(structure)}: expected to replace a layer, all are skipped: {reasons}")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ``DataError``, naming the parameter, if one has values that are not finite."""
+    for name, parameter in model.named_parameters():
+        wrong = int((~torch.isfinite(parameter)).sum())
+        if wrong:
+            raise DataError(f"{name}: {wrong} of {parameter.numel()} values are not finite: expected a trained model")
 
 
 def _without_nulls(rule: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,14 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(run, checkpoint, tmp_pat
     assert not list((tmp_path / "run").glob("rows.jsonl"))
 
 
+def test_a_checkpoint_of_a_training_that_diverged_is_named(run, checkpoint, tmp_path):
+    content = torch.load(checkpoint / "checkpoints" / "best.ckpt", weights_only=True)
+    content["state_dict"]["model.head.bias"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(SystemExit, match=r"error: head\.bias: 10 of 10 values are not finite"):
+        run(f"ckpt_path={tmp_path}/nan.ckpt")
+
+
 def test_a_checkpoint_whose_weights_are_another_structures(run, checkpoint, tmp_path):
     stored = torch.load(checkpoint / "checkpoints" / "best.ckpt", weights_only=True)
     stored["hyper_parameters"]["config"]["structure"]["options"] = {"blocks": 4}
