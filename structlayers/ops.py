@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from structlayers import prepared, transformed
+from structlayers import flops, prepared, transformed
 from structlayers.backends import bmm, check_backend, resolve
 from structlayers.backends.base import activate
 from structlayers.backends.cuda import check_memory
@@ -259,6 +260,10 @@ torch.library.register_autograd(
 )
 
 
+for _name, _formula in flops.FORMULAS.items():
+    register_flop_formula(getattr(torch.ops.structlayers, _name))(_formula)  # type: ignore[arg-type]
+
+
 # ---- eager calls
 
 
@@ -302,6 +307,8 @@ def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._are_functorch_transforms_active()
+        # Tangents ride on plain tensors, which the kernels would drop.
+        and forward_ad._current_level < 0
     )
 
 
@@ -350,35 +357,6 @@ def _records(*tensors: Tensor | None) -> bool:
         if tensor is not None and tensor.requires_grad:
             return True
     return False
-
-
-# ---- FLOPs, for torch.utils.flop_counter
-
-
-def _flops(x_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]], layout: str) -> int:
-    n = torch.Size(x_shape[:-1] if layout == "batch_first" else x_shape[1:]).numel()
-    return sum(Pattern.of_weight(shape).flops(n) for shape in weight_shapes)
-
-
-@register_flop_formula(torch.ops.structlayers.ks_chain)
-def _ks_chain_flops(x_shape, weight_shapes, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
-    return _flops(x_shape, weight_shapes, layout)
-
-
-@register_flop_formula(torch.ops.structlayers.ks_linear)
-def _ks_linear_flops(x_shape, weight_shape, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
-    return _flops(x_shape, [weight_shape], layout)
-
-
-@register_flop_formula(torch.ops.structlayers.ks_frozen)
-def _ks_frozen_flops(x_shape, weight_shapes, lengths, bias, in_features, out_features, layout, *rest, **kwargs) -> int:
-    # Those of the factors, which come first, whatever form is multiplied by.
-    return _flops(x_shape, weight_shapes[: lengths[0]], layout)
-
-
-@register_flop_formula(torch.ops.structlayers.ks_weight_grad)
-def _ks_weight_grad_flops(dy_shape, x_shape, weight_shape, layout, *rest, **kwargs) -> int:
-    return _flops(x_shape, [weight_shape], layout)
 
 
 # ---- the public functions

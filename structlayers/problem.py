@@ -63,12 +63,12 @@ class Problem:
 
 
 def rounds_to_tf32() -> bool:
-    """Whether float32 matrix products on a GPU may round their operands to TF32, by torch's older or newer settings.
-
-    ``torch.get_float32_matmul_precision()`` raises once ``torch.backends.*.fp32_precision``, the newer ones, were used.
-    """
-    # What torch.backends.cuda.matmul.fp32_precision gives, six times sooner: every float32 call asks.
-    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+    """Whether float32 matrix products on a GPU may round their operands to TF32, by torch's older or newer settings."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        # The older getter refuses once the newer settings contradict it.
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @cache

@@ -24,7 +24,7 @@ LAYERS = (
     {"reference", "_extension", "block_svd", "factorize"},
     {"backends"},
     {"plans"},
-    {"prepared", "transformed"},
+    {"prepared", "transformed", "flops"},
     {"ops"},
     {"init", "refine", "data_aware", "transforms"},
     {"frozen"},
