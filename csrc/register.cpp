@@ -8,8 +8,8 @@
 
 #include <limits>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,8 +29,26 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("structlayers: " + message);
+template <typename... Parts>
+[[noreturn, gnu::noinline, gnu::cold]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  text << "structlayers: ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// The message is put together only where it is needed: every call makes a dozen of these checks.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+template <typename... Parts>
+void require_started(cudaError_t error, const Parts&... parts) {
+  if (error == cudaSuccess) return;
+  // Else PyTorch's next check would report it, for a kernel of its own.
+  cudaGetLastError();
+  fail(parts..., " did not start: ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
 }
 
 // libtorch_cuda is already loaded when a CUDA tensor exists; looking the symbol up there keeps the build free of it.
@@ -43,7 +61,7 @@ cudaStream_t current_stream(int32_t device) {
     return reinterpret_cast<Get>(symbol);
   }();
   void* stream = nullptr;
-  require(get(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream on CUDA device " + std::to_string(device));
+  require(get(device, &stream) == AOTI_TORCH_SUCCESS, "no current stream on CUDA device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -55,7 +73,7 @@ Tensor empty(const Tensor& like, int32_t dtype, int dims, const int64_t* sizes, 
   aoti_torch_get_device_type(like.get(), &device_type);
   AtenTensorHandle handle = nullptr;
   const bool done = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &handle) == AOTI_TORCH_SUCCESS;
-  require(done, "could not allocate an output of " + std::to_string(sizes[0] * strides[0]) + " elements");
+  require(done, "could not allocate an output of ", sizes[0] * strides[0], " elements");
   return Tensor(handle);
 }
 
@@ -124,9 +142,7 @@ Tensor cuda_product(const Tensor& x, const Tensor& weight, const std::optional<T
   } else {
     require(false, "cuda_product knows float32, float16 and bfloat16");
   }
-  require(error == cudaSuccess, "tile " + std::to_string(tile) + " of pattern (" + std::to_string(a) + "," + std::to_string(b) +
-                                    "," + std::to_string(c) + "," + std::to_string(d) + ") did not start: " +
-                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  require_started(error, "tile ", tile, " of pattern (", a, ",", b, ",", c, ",", d, ")");
   return y;
 }
 
@@ -181,10 +197,7 @@ Tensor cuda_pair(const Tensor& x, const Tensor& left, const Tensor& right, const
   require(type == ScalarType::Half || type == ScalarType::BFloat16, "cuda_pair knows float16 and bfloat16");
   const cudaError_t error = type == ScalarType::Half ? launch_pair_float16(p, static_cast<int>(tile), stream)
                                                      : launch_pair_bfloat16(p, static_cast<int>(tile), stream);
-  require(error == cudaSuccess, "the pair (" + std::to_string(a) + "," + std::to_string(b) + "," + std::to_string(k) + "," +
-                                    std::to_string(delta) + ")(" + std::to_string(blocks) + "," + std::to_string(rows) + "," +
-                                    std::to_string(c) + ",1) did not start with tile " + std::to_string(tile) + ": " +
-                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  require_started(error, "tile ", tile, " of the pair (", a, ",", b, ",", k, ",", delta, ")(", blocks, ",", rows, ",", c, ",1)");
   return y;
 }
 
@@ -247,17 +260,15 @@ Tensor cuda_weight_grad(const Tensor& dy, const Tensor& x, int64_t a, int64_t b,
   } else {
     require(false, "cuda_weight_grad knows float32, float16 and bfloat16");
   }
-  require(error == cudaSuccess, "the weight gradient of pattern (" + std::to_string(a) + "," + std::to_string(b) + "," +
-                                    std::to_string(c) + "," + std::to_string(d) + ") did not start with tile " + std::to_string(tile) +
-                                    ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  require_started(error, "tile ", tile, " of the weight gradient of pattern (", a, ",", b, ",", c, ",", d, ")");
   return dw;
 }
 
 // The product of every run of neighbours: `lengths` says how many of `weights` (a, d, b, c), contiguous, of one dtype and
 // device, in written order and chainable, each run has. Returns one contiguous weight a run.
 std::vector<Tensor> cuda_merge(const std::vector<Tensor>& weights, const std::vector<int64_t>& lengths) {
-  require(!weights.empty() && !lengths.empty() && lengths.size() <= kMostMergeRuns, "cuda_merge expects 1 to " +
-          std::to_string(kMostMergeRuns) + " runs of weights");
+  require(!weights.empty() && !lengths.empty() && lengths.size() <= kMostMergeRuns, "cuda_merge expects 1 to ", kMostMergeRuns,
+          " runs of weights");
   const Tensor& like = weights.front();
   const int64_t most = std::numeric_limits<int32_t>::max();
   const int32_t device = like.get_device_index();
@@ -268,8 +279,8 @@ std::vector<Tensor> cuda_merge(const std::vector<Tensor>& weights, const std::ve
   std::vector<Tensor> products;
   size_t used = 0;
   for (const int64_t length : lengths) {
-    require(length > 0 && length <= kMostMergedFactors && used + length <= weights.size(), "cuda_merge expects runs of 1 to " +
-            std::to_string(kMostMergedFactors) + " of the weights");
+    require(length > 0 && length <= kMostMergedFactors && used + length <= weights.size(), "cuda_merge expects runs of 1 to ",
+            kMostMergedFactors, " of the weights");
     MergeRun& run = runs.runs[runs.count++];
     run.count = static_cast<int>(length);
     for (int q = 0; q < run.count; ++q) {
@@ -299,8 +310,7 @@ std::vector<Tensor> cuda_merge(const std::vector<Tensor>& weights, const std::ve
   const cudaError_t error = type == ScalarType::Float  ? launch_merge<float>(runs, stream)
                             : type == ScalarType::Half ? launch_merge<__half>(runs, stream)
                                                        : launch_merge<__nv_bfloat16>(runs, stream);
-  require(error == cudaSuccess, "a product of " + std::to_string(weights.size()) + " factors did not start: " +
-                                    cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+  require_started(error, "a product of ", weights.size(), " factors");
   return products;
 }
 

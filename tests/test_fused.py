@@ -238,6 +238,7 @@ def test_what_the_kernel_cannot_read_is_copied(kernel):
         assert torch.equal(given, x)
         assert given.stride(1) == 1
         assert given.stride(0) % 8 == 0
+        assert given.stride(0) >= 1024
         assert given.data_ptr() % 16 == 0
     strided = weights[0].transpose(2, 3)
     shifted = memory[1 : 1 + 32**3].view(32, 1, 32, 32)

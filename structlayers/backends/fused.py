@@ -295,8 +295,9 @@ def prepare(problem: PairProblem, activation: str) -> PairProduct:
         right: Tensor,  # (a, d, b, c) of the factor applied first
         bias: Tensor | None,  # (out_features,)
     ) -> Tensor:  # (N, out_features), batch-last (out_features, N)
-        if x.stride(1) != 1 or x.stride(0) % piece or x.data_ptr() % PIECE_BYTES:
-            # A copy even of a contiguous x that starts in the middle of a piece.
+        if x.stride(1) != 1 or x.stride(0) % piece or x.stride(0) < x.shape[1] or x.data_ptr() % PIECE_BYTES:
+            # A copy even of a contiguous x that starts in the middle of a piece. Also of an expanded x, whose rows
+            # share memory: no map of the copy engine is known to take that.
             x = x.clone(memory_format=torch.contiguous_format)
         if bias is not None:
             bias = bias.contiguous()
