@@ -12,7 +12,7 @@ import torch
 
 from structlayers.backends.bmm import group_size
 from structlayers.backends.fused import PairProblem, PairTile, choose_pair_tile, rounds_of
-from structlayers.backends.tiles import HOPPER_SMS, SMALL_BATCH_ROWS, SMALL_BLOCKS, Tile, choose_tile
+from structlayers.backends.tiles import HOPPER_SMS, SMALL_BATCH, SMALL_BATCH_ROWS, SMALL_BLOCKS, Tile, choose_tile
 from structlayers.backends.tuning import Entry
 from structlayers.patterns import Link
 from structlayers.problem import Layout, Problem
@@ -302,6 +302,9 @@ def _kernel_s(problem: Problem, rates: GpuRates, traffic: int) -> float:
     whole = problem.n % piece == 0 if last else b % piece == 0 and c % piece == 0 and (d % piece == 0 or piece % d == 0)
     if tile.name == SMALL_BLOCKS:
         return traffic / COPY_BYTES_PER_S / SMALL_BLOCKS_SHARE
+    if tile.name == SMALL_BATCH and problem.n > SMALL_BATCH_ROWS:
+        # It stands in where no tile fits shared memory, and was not measured there: only where the others are bad too.
+        return traffic / COPY_BYTES_PER_S / ELEMENTS_SHARE
     if not (last or tile.wgmma) and d != tile.run:
         # A tile that stands in for one too large for the GPU also takes shorter runs apart.
         whole = whole and tile.run >= piece and d % piece == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from structlayers._extension import built_for_sm90a, why_missing
 from structlayers.backends import tuning
 from structlayers.backends.base import Backend, Product
-from structlayers.backends.tiles import Tile, choose_tile, tiles_for
+from structlayers.backends.tiles import Tile, choose_tile
 from structlayers.backends.weight_grad_tiles import GradChoice, choose_grad_tile
 from structlayers.errors import BackendError
 from structlayers.patterns import Pattern
@@ -115,7 +115,7 @@ def reason_against(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device_type}: expected cuda"
     if problem.dtype not in DTYPES:
         return f"the kernels have no {problem.dtype}: expected one of {list(DTYPES)}"
-    return why_missing() or why_device_does_not_serve(problem.device_index) or _why_no_tile(problem)
+    return why_missing() or why_device_does_not_serve(problem.device_index)
 
 
 @cache
@@ -125,10 +125,6 @@ def why_device_does_not_serve(device: int) -> str | None:
     if capability < CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]}: expected at least {CAPABILITY[0]}.{CAPABILITY[1]}"
     return None
-
-
-def _why_no_tile(problem: Problem) -> str | None:
-    return None if tiles_for(problem, built_for_sm90a()) else _TOO_LITTLE_SHARED_MEMORY
 
 
 def _reason_against_weight_grad(problem: Problem) -> str | None:

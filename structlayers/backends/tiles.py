@@ -134,7 +134,8 @@ HOPPER, HOPPER_SMS = (9, 0), 132
 def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     """The tiles that can run ``problem``: any tile of its layout, and the kernels of small blocks and small batches.
 
-    ``wgmma=False`` leaves out what the compiled kernels do not hold. Empty where shared memory is too small.
+    ``wgmma=False`` leaves out what the compiled kernels do not hold. Where no tile fits shared memory, the kernel of
+    small batches stands in for all of them.
     """
     room = shared_bytes_of(problem.capability)
     table = TILES_32BIT if problem.dtype == torch.float32 else TILES_16BIT
@@ -149,21 +150,16 @@ def tiles_for(problem: Problem, wgmma: bool = True) -> list[Tile]:
     ]
     if problem.pattern.c <= SMALL_BLOCK:
         tiles.append(Tile(SMALL_BLOCKS, 0, problem.layout, 1, 4, 1))
-    if problem.n <= SMALL_BATCH_ROWS:
+    if problem.n <= SMALL_BATCH_ROWS or not tiles:
         tiles.append(Tile(SMALL_BATCH, 40, problem.layout, 1, SMALL_BATCH_ROWS, 16))
     return tiles
 
 
 @lru_cache(maxsize=4096)
 def choose_tile(problem: Problem, tuned: str | None = None, wgmma: bool = True) -> Tile:
-    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it is there.
-
-    Raises ``ValueError`` where none fits: the backend's ``reason_against`` comes first.
-    """
+    """The tile expected to be fastest; ``tuned`` names the one that was measured to be, and decides if it is there."""
     _, b, c, d = problem.pattern
     tiles = {tile.name: tile for tile in tiles_for(problem, wgmma)}
-    if not tiles:
-        raise ValueError(f"no tile takes {problem}")
     if tuned in tiles:
         return tiles[tuned]
     if SMALL_BLOCKS in tiles and (b < 8 or c < 8):
