@@ -30,7 +30,7 @@ from structlayers.cli import entry_point
 from structlayers.data_aware import InputMoments
 from structlayers.errors import ConfigError
 from structlayers.files import replace_file
-from structlayers.lit import LitModule, check_matches, evaluate, read_checkpoint
+from structlayers.lit import LitModule, check_matches, evaluate, find_checkpoint, read_checkpoint
 from structlayers.lit.callbacks import ProgressBar
 from structlayers.lit.summary import METRICS, format_table
 from structlayers.models.hub import LogitsOf, PassageMatcher
@@ -76,8 +76,7 @@ class Findings:
 def load_dense(cfg: DictConfig) -> tuple[nn.Module, pl.LightningDataModule]:
     """The dense model that the configuration or the checkpoint names, and its data, set up."""
     if cfg.ckpt_path:
-        path = Path(cfg.ckpt_path)
-        path = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+        path = find_checkpoint(cfg.ckpt_path, "best.ckpt")
         checkpoint = read_checkpoint(path)
         config = checkpoint["hyper_parameters"]["config"]
         if config["structure"]:

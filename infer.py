@@ -31,7 +31,7 @@ from structlayers.bench.timing import TimingPlan
 from structlayers.build import build_model, check_finite, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError, DataError
-from structlayers.lit import check_matches, evaluate, read_checkpoint
+from structlayers.lit import check_matches, evaluate, find_checkpoint, read_checkpoint
 
 METRICS = {"accuracy": "accuracy {:.2%}", "bits_per_byte": "{:.4f} bits per byte", "loss": "loss {:.4f} nats"}
 # Groups that a checkpoint has already decided.
@@ -109,9 +109,7 @@ def from_config(cfg: DictConfig) -> Subject:
 
 def from_checkpoint(cfg: DictConfig, device: torch.device) -> Subject:
     """The model of a training run with its weights, evaluated on the run's test data."""
-    path = Path(cfg.ckpt_path)
-    if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
+    path = find_checkpoint(cfg.ckpt_path, "best.ckpt")
     checkpoint = read_checkpoint(path)
     stored = checkpoint["hyper_parameters"]
     config, model_args = stored["config"], stored["model_args"]

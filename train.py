@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from structlayers.build import build_model, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError
-from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, read_checkpoint
+from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, find_checkpoint, read_checkpoint
 from structlayers.lit.callbacks import LastCheckpoint, StepTimer
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
 
@@ -30,7 +30,8 @@ say = rank_zero_only(print)
 
 def train(cfg: DictConfig, name: str) -> RunResult:
     """One training from a composed configuration, and the test of its best checkpoint."""
-    checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+    ckpt_path = find_checkpoint(cfg.ckpt_path, "last.ckpt") if cfg.ckpt_path else None
+    checkpoint = read_checkpoint(ckpt_path) if ckpt_path else None
     pl.seed_everything(cfg.seed, verbose=False)
     config = OmegaConf.to_container(cfg, resolve=True)
     data = instantiate(cfg.data)
@@ -40,8 +41,8 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     how = {"backend": cfg.backend, "recompute": cfg.recompute}
     model, report = build_model(config["model"], config["structure"], model_args, **how)
     require_swaps(config["structure"], report)
-    if checkpoint:
-        check_matches(checkpoint, model, cfg.ckpt_path)
+    if ckpt_path and checkpoint:
+        check_matches(checkpoint, model, ckpt_path)
     flops = count_flops(model, example_input(data.task, model_args))
     stored = {"task": data.task, "model_args": model_args, "config": config}
     options = {"seed": cfg.seed, "compile": cfg.compile, "hyperparameters": stored}
@@ -77,7 +78,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     start = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     val_loss = trainer.callback_metrics.get("val/loss")
     peak_bytes = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else None
     steps = trainer.global_step

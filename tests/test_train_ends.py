@@ -41,8 +41,8 @@ def test_a_training_that_max_steps_ends_in_an_epoch_leaves_its_last_checkpoint(r
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     assert f"checkpoint (monarch, seed 0): {last}" in printed
-    # Goes on from there: 9 steps per epoch.
-    run("trainer.max_steps=-1", "trainer.max_epochs=2", f"ckpt_path={last}", "optim.schedule_steps=18")
+    # Goes on from there: 9 steps per epoch. A run folder stands for its last checkpoint.
+    run("trainer.max_steps=-1", "trainer.max_epochs=2", f"ckpt_path={tmp_path}", "optim.schedule_steps=18")
     assert torch.load(last, weights_only=True)["global_step"] == 18
 
 
@@ -99,6 +99,7 @@ def test_a_mistake_in_one_job_of_a_sweep_does_not_stop_the_others(train, tmp_pat
         ("experiment=null", "NoneType"),
         ("output_dir=/proc/none", "/proc/none"),
         ("hydra.run.dir=/proc/none", "/proc/none"),
+        (f"ckpt_path={ROOT}", r"/checkpoints/last\.ckpt: no such file"),
     ],
 )
 def test_what_fails_before_or_around_the_training_is_one_line(run, override, named):

@@ -1,7 +1,7 @@
 """Training with Lightning: the module, its callbacks and logger, checkpoints, and the table that closes a run."""
 
-from structlayers.lit.checkpoint import AtomicCheckpointIO, check_matches, read_checkpoint
+from structlayers.lit.checkpoint import AtomicCheckpointIO, check_matches, find_checkpoint, read_checkpoint
 from structlayers.lit.evaluation import evaluate
 from structlayers.lit.module import LitModule
 
-__all__ = ["AtomicCheckpointIO", "LitModule", "check_matches", "evaluate", "read_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "LitModule", "check_matches", "evaluate", "find_checkpoint", "read_checkpoint"]

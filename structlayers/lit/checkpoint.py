@@ -37,6 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(f"{path}: not written, with {free:,} bytes free on its disk: {reason}") from error
 
 
+def find_checkpoint(path: str | Path, name: str) -> Path:
+    """``path``, or the checkpoint called ``name`` of the run folder at ``path``."""
+    path = Path(path)
+    return path / "checkpoints" / name if path.is_dir() else path
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ``train.py`` onto the CPU.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structlayers.errors import CheckpointError
-from structlayers.lit import AtomicCheckpointIO, check_matches, read_checkpoint
+from structlayers.lit import AtomicCheckpointIO, check_matches, find_checkpoint, read_checkpoint
 from structlayers.models import MLP
 from structlayers.surgery import swap_linears
 
@@ -38,6 +38,12 @@ def test_round_trip(path):
     check_matches(checkpoint, found, path)
     assert checkpoint["hyper_parameters"]["config"] == {"seed": 0}
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_run_folder_stands_for_its_checkpoint(tmp_path):
+    assert find_checkpoint(str(tmp_path), "last.ckpt") == tmp_path / "checkpoints" / "last.ckpt"
+    for file in (tmp_path / "other.ckpt", tmp_path / "absent" / "other.ckpt"):
+        assert find_checkpoint(file, "last.ckpt") == file
 
 
 @pytest.mark.parametrize("fails", ["torch.save", "os.replace", "os.fsync"])
