@@ -99,6 +99,13 @@ class LitModule(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
+    def on_train_start(self) -> None:
+        # A restored optimizer has the rate of the old schedule, which a longer training or other options have changed.
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self._factor(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout depends on the seed and the batch only, so a resumed run draws what an uninterrupted one draws.
         batches = self.trainer.fit_loop.epoch_loop.total_batch_idx

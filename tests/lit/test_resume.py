@@ -9,6 +9,7 @@ import torch
 from structlayers.data import DigitsDataModule
 from structlayers.lit import AtomicCheckpointIO, LitModule
 from structlayers.lit.callbacks import BestCheckpoint, LastCheckpoint
+from structlayers.lit.module import warmup_cosine
 from structlayers.models import MLP
 from structlayers.surgery import swap_linears
 
@@ -29,7 +30,7 @@ class KillAfter(pl.Callback):
             raise Killed
 
 
-def train(folder, *, kill_after=None, ckpt_path=None, every_n_steps=0, compile=False, **trainer_options):
+def train(folder, *, kill_after=None, ckpt_path=None, every_n_steps=0, compile=False, callbacks=(), **trainer_options):
     torch.manual_seed(0)
     model = MLP((1, 8, 8), 10, width=32, depth=2, dropout=0.3)
     swap_linears(model, {"structure": "monarch", "options": {"blocks": 2}, "exclude": ["head"]})
@@ -37,7 +38,7 @@ def train(folder, *, kill_after=None, ckpt_path=None, every_n_steps=0, compile=F
         model, "classification", lr=3e-3, weight_decay=0.1, seed=1, compile=compile, hyperparameters={"config": {}}
     )
     checkpoints = str(folder / "checkpoints")
-    callbacks = [BestCheckpoint(checkpoints), LastCheckpoint(checkpoints, every_n_steps)]
+    callbacks = [BestCheckpoint(checkpoints), LastCheckpoint(checkpoints, every_n_steps), *callbacks]
     trainer = pl.Trainer(
         accelerator="cpu",
         callbacks=[*callbacks, *([KillAfter(kill_after)] if kill_after is not None else [])],
@@ -120,6 +121,29 @@ def test_resume_is_exact_with_accumulated_gradients(tmp_path):
     _, module = train(tmp_path / "second", ckpt_path=tmp_path / "first" / "checkpoints" / "last.ckpt", **options)
     for name, value in module.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+class Rates(pl.Callback):
+    """The rate that each step used, and what ``train/lr`` shows for it."""
+
+    def __init__(self) -> None:
+        self.used, self.shown = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        # That of dense layers; the rule multiplies it for factors.
+        self.used.append(min(group["lr"] for group in optimizer.param_groups))
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.shown.append(float(trainer.callback_metrics["train/lr"]))
+
+
+def test_a_longer_training_follows_its_own_schedule_from_the_first_step(tmp_path):
+    train(tmp_path, max_epochs=1, max_steps=-1)
+    rates = Rates()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    train(tmp_path, ckpt_path=last, max_epochs=2, max_steps=-1, log_every_n_steps=1, callbacks=[rates])
+    assert rates.used == pytest.approx([3e-3 * warmup_cosine(18, 0.05, 0.0)(step) for step in range(9, 18)])
+    assert rates.shown == pytest.approx(rates.used)
 
 
 def test_best_so_far_comes_along_into_another_folder(tmp_path):
