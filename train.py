@@ -21,7 +21,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from structlayers.build import build_model, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError
-from structlayers.lit import AtomicCheckpointIO, LitModule, check_matches, find_checkpoint, read_checkpoint
+from structlayers.lit import (
+    AtomicCheckpointIO,
+    LitModule,
+    check_matches,
+    check_resumes,
+    find_checkpoint,
+    read_checkpoint,
+)
 from structlayers.lit.callbacks import LastCheckpoint, StepTimer
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
 
@@ -50,6 +57,8 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         module = LitModule(model, data.task, **config["optim"], **options)
     except TypeError as error:
         raise ConfigError(f"optim: {error}") from error
+    if ckpt_path and checkpoint:
+        check_resumes(checkpoint["hyper_parameters"]["config"]["optim"], config["optim"], ckpt_path)
     callbacks = {key: instantiate(callback) for key, callback in cfg.callbacks.items()}
     if not cfg.trainer.enable_progress_bar:
         callbacks.pop("progress_bar", None)

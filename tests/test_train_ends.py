@@ -46,6 +46,19 @@ def test_a_training_that_max_steps_ends_in_an_epoch_leaves_its_last_checkpoint(r
     assert torch.load(last, weights_only=True)["global_step"] == 18
 
 
+def test_another_optimizer_on_resuming_is_a_mistake(run, tmp_path):
+    """The restored one would win, or not fit, while config.yaml and metrics.csv show the new options."""
+    run("trainer.max_steps=3")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".log"}
+    with pytest.raises(SystemExit) as caught:
+        run(f"ckpt_path={tmp_path}", "optim.lr=1e-5", "optim.weight_decay=0")
+    message = str(caught.value.code)
+    assert message.startswith(f"error: {tmp_path / 'checkpoints' / 'last.ckpt'}: ")
+    assert "\n" not in message
+    assert "optim.lr is 1e-05, expected 0.003; optim.weight_decay is 0, expected 0.05" in message
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_without_checkpoint_callbacks_none_is_written(run, tmp_path):
     printed = run("~callbacks.best", "~callbacks.last")
     assert "none written" in printed

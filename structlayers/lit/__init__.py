@@ -2,6 +2,14 @@
 
 from structlayers.lit.checkpoint import AtomicCheckpointIO, check_matches, find_checkpoint, read_checkpoint
 from structlayers.lit.evaluation import evaluate
-from structlayers.lit.module import LitModule
+from structlayers.lit.module import LitModule, check_resumes
 
-__all__ = ["AtomicCheckpointIO", "LitModule", "check_matches", "evaluate", "find_checkpoint", "read_checkpoint"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "LitModule",
+    "check_matches",
+    "check_resumes",
+    "evaluate",
+    "find_checkpoint",
+    "read_checkpoint",
+]

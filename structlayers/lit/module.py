@@ -1,7 +1,9 @@
 """The Lightning module: one loss, two tasks, AdamW with warm-up and cosine."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +18,8 @@ from structlayers.errors import ConfigError
 from structlayers.optim import param_groups
 
 TASKS = ("classification", "language_modelling")
+# What the parameter groups are made from: an optimizer that is restored keeps its own, whatever the module was given.
+_RESTORED = ("lr", "weight_decay", "betas", "rule", "base_width", "input_layers", "no_decay")
 
 
 def warmup_cosine(total_steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
@@ -200,3 +204,28 @@ class LitModule(pl.LightningModule):
             clip_grad_value_(self.parameters(), gradient_clip_val)
         else:
             clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+def check_resumes(stored: Mapping[str, Any], optim: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ``ConfigError`` where ``optim`` differs from the options ``stored`` in the checkpoint at ``path``.
+
+    Only for those that a resumed training would not heed, as they are part of the optimizer that is restored; the
+    schedule and the label smoothing are always those of ``optim``.
+    """
+    parameters = inspect.signature(LitModule).parameters
+    changed = {}
+    for key in _RESTORED:
+        was, is_now = (_plain(options.get(key, parameters[key].default)) for options in (stored, optim))
+        if was != is_now:
+            changed[key] = (was, is_now)
+    if changed:
+        listed = "; ".join(f"optim.{key} is {is_now!r}, expected {was!r}" for key, (was, is_now) in changed.items())
+        raise ConfigError(
+            f"{path}: resuming restores its optimizer, so its settings cannot change: {listed}; resume with the "
+            "expected values, or leave out ckpt_path to train anew"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A default is a tuple where YAML has a list."""
+    return list(value) if isinstance(value, tuple) else value

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from structlayers.errors import ConfigError
-from structlayers.lit import LitModule
+from structlayers.lit import LitModule, check_resumes
 from structlayers.lit.module import warmup_cosine
 
 
@@ -181,3 +181,43 @@ def test_endless_training_needs_the_length_of_the_schedule():
     module.trainer = trainer(max_epochs=-1)
     with pytest.raises(ConfigError, match=r"optim\.schedule_steps"):
         module.configure_optimizers()
+
+
+STORED = {"lr": 3e-3, "weight_decay": 0.05, "betas": [0.9, 0.99], "rule": "structure", "no_decay": []}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {},
+        # What a resumed run does heed.
+        {"warmup": 0.5, "final_lr": 0.5, "schedule_steps": 7, "label_smoothing": 0.1},
+        # The same in other words.
+        {"betas": (0.9, 0.99), "no_decay": (), "base_width": None, "input_layers": []},
+    ],
+)
+def test_resuming_with_what_the_optimizer_was_made_from(same):
+    check_resumes(STORED, STORED | same, "last.ckpt")
+    check_resumes(STORED | same, STORED, "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"lr": 1e-5}, ["optim.lr is 1e-05, expected 0.003"]),
+        ({"weight_decay": 0}, ["optim.weight_decay is 0, expected 0.05"]),
+        ({"betas": [0.9, 0.999]}, ["optim.betas is [0.9, 0.999], expected [0.9, 0.99]"]),
+        ({"no_decay": ["head*"]}, ["optim.no_decay is ['head*'], expected []"]),
+        (
+            {"rule": "mup", "base_width": 64},
+            ["optim.rule is 'mup', expected 'structure'", "optim.base_width is 64, expected None"],
+        ),
+    ],
+)
+def test_resuming_with_another_optimizer_names_every_change(changed, named):
+    with pytest.raises(ConfigError) as caught:
+        check_resumes(STORED, STORED | changed, "last.ckpt")
+    message = str(caught.value)
+    assert message.startswith("last.ckpt: ") and "leave out ckpt_path" in message
+    assert [part for part in named if part in message] == named
+    assert message.count("expected") == len(named) + 1
