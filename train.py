@@ -30,6 +30,7 @@ from structlayers.lit import (
     read_checkpoint,
 )
 from structlayers.lit.callbacks import LastCheckpoint, StepTimer
+from structlayers.lit.loggers import CSVLogger
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
 
 say = rank_zero_only(print)
@@ -75,6 +76,9 @@ def train(cfg: DictConfig, name: str) -> RunResult:
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=checkpointing,
     )
+    for logger in trainer.loggers:
+        if checkpoint and isinstance(logger, CSVLogger):
+            logger.resume_after(checkpoint["global_step"])
     folder = Path(cfg.output_dir)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

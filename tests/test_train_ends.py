@@ -1,5 +1,6 @@
 """How a run of ``python train.py`` ends: what it leaves behind, what it says, and its exit code."""
 
+import csv
 import importlib.util
 import re
 import sys
@@ -44,6 +45,29 @@ def test_a_training_that_max_steps_ends_in_an_epoch_leaves_its_last_checkpoint(r
     # Goes on from there: 9 steps per epoch. A run folder stands for its last checkpoint.
     run("trainer.max_steps=-1", "trainer.max_epochs=2", f"ckpt_path={tmp_path}", "optim.schedule_steps=18")
     assert torch.load(last, weights_only=True)["global_step"] == 18
+
+
+def test_a_resumed_run_logs_every_step_once(run, train, tmp_path, monkeypatch):
+    options = ["trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.val_check_interval=4"]
+    batch_start = train.LitModule.on_train_batch_start
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 15:
+            raise RuntimeError("killed")
+        batch_start(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.LitModule, "on_train_batch_start", killed)
+        run(*options)
+    # 9 steps per epoch, validated after 4 and 8 of each.
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 13
+    assert "\n14," in (tmp_path / "metrics.csv").read_text()
+    run(*options, f"ckpt_path={tmp_path}")
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(18))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [3, 7, 12, 16]
+    assert [int(row["step"]) for row in rows if row["test/loss"]] == [18]
 
 
 def test_another_optimizer_on_resuming_is_a_mistake(run, tmp_path):

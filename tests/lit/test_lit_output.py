@@ -46,6 +46,45 @@ def test_csv_of_a_resumed_run_is_continued(tmp_path):
     ]
 
 
+def test_csv_of_a_resumed_run_loses_what_came_after_the_checkpoint(tmp_path):
+    killed = CSVLogger(str(tmp_path))
+    for step in range(4):
+        killed.log_metrics({"train/loss": float(step)}, step=step)
+    # After the first step, after the second, and between two batches of the third.
+    for step in (0, 1, 2, 3):
+        killed.log_metrics({"val/loss": float(step)}, step=step)
+    killed.log_metrics({"test/loss": 1.0}, step=2)
+    killed.log_metrics({"test/loss": 2.0}, step=4)
+    killed.log_metrics({"train/loss": 9.0}, step=None)
+    before = killed.path.read_bytes()
+
+    resumed = CSVLogger(str(tmp_path))
+    resumed.resume_after(2)
+    # Resuming may still fail.
+    assert killed.path.read_bytes() == before
+    resumed.log_metrics({"train/loss": 0.5}, step=2)
+    resumed.log_metrics({"train/loss": 0.5, "train/lr": 0.1}, step=3)
+    rows = [(row["step"], row["train/loss"], row["val/loss"], row["test/loss"]) for row in rows_of(resumed.path)]
+    assert rows == [
+        ("0", "0.0", "", ""),
+        ("1", "1.0", "", ""),
+        ("0", "", "0.0", ""),
+        ("1", "", "1.0", ""),
+        ("2", "", "2.0", ""),
+        ("2", "", "", "1.0"),
+        ("", "9.0", "", ""),
+        ("2", "0.5", "", ""),
+        ("3", "0.5", "", ""),
+    ]
+
+
+def test_csv_of_a_resumed_run_in_another_folder_begins_there(tmp_path):
+    logger = CSVLogger(str(tmp_path))
+    logger.resume_after(2)
+    logger.log_metrics({"train/loss": 0.5}, step=2)
+    assert rows_of(logger.path) == [{"step": "2", "train/loss": "0.5"}]
+
+
 def test_progress_bar_counts_samples(capsys):
     loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.randint(3, (40,))), batch_size=10)
     trainer = pl.Trainer(
