@@ -11,10 +11,14 @@ from torch import nn
 
 from structlayers.errors import ConfigError, DataError
 from structlayers.surgery import SwapReport, swap_linears
+from structlayers.values import MAPPING, TEXT, check, listed, nullable
+
+_KINDS = {"model": MAPPING, "model_args": MAPPING, "structure": nullable(MAPPING)}
 
 
 def locate(target: str) -> Any:
     """The object that a dotted path names. Raises :class:`ConfigError` if there is none."""
+    check({"_target_": target}, {"_target_": TEXT})
     module, _, name = target.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -39,6 +43,7 @@ def build_model(
     dense. ``backend`` and ``recompute`` are those of :class:`~structlayers.nn.KSLinear`.
     Options that are None count as not given. Raises :class:`ConfigError` on an unknown target, key or value.
     """
+    check({"model_args": model_args, "model": model, "structure": structure}, _KINDS)
     arguments = {**model_args, **model}
     target = arguments.pop("_target_", None)
     if target is None:
@@ -53,7 +58,7 @@ def build_model(
         return network, SwapReport((), ())
     swap = dict(structure)
     how = {key: swap.pop(key) for key in ("init", "scale") if key in swap}
-    rules = [_without_nulls(rule) for rule in swap.pop("rules", [swap])]
+    rules = [_without_nulls(rule) for rule in listed(swap.pop("rules", swap))]
     return network, swap_linears(network, rules, backend=backend, recompute=recompute, **how)
 
 
@@ -72,6 +77,8 @@ def check_finite(model: nn.Module) -> None:
             raise DataError(f"{name}: {wrong} of {parameter.numel()} values are not finite: expected a trained model")
 
 
-def _without_nulls(rule: Mapping[str, Any]) -> dict[str, Any]:
-    options = {key: value for key, value in (rule.get("options") or {}).items() if value is not None}
-    return {**rule, "options": options}
+def _without_nulls(rule: Any) -> Any:
+    """A rule whose options that are None are left out; what is no rule stays as it is, for a message that says so."""
+    if not isinstance(rule, Mapping) or not isinstance(rule.get("options"), Mapping):
+        return rule
+    return {**rule, "options": {key: value for key, value in rule["options"].items() if value is not None}}

@@ -13,6 +13,7 @@ from structlayers.data_aware import InputMoments
 from structlayers.errors import ConfigError, DataError
 from structlayers.surgery import as_linear
 from structlayers.swap_rules import first_match
+from structlayers.values import patterns
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def collect_moments(
     Raises :class:`ConfigError` if no linear layer is meant, :class:`DataError` for a loader without batches and for
     activations that are not finite, with the layer, the batch and their number.
     """
-    include, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (include, exclude))
+    include, exclude = patterns("include", include), patterns("exclude", exclude)
     linears = {name: module for name, module in model.named_modules() if as_linear(module) is not None}
     wanted = {
         name: module

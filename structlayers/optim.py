@@ -19,8 +19,17 @@ from structlayers.errors import ConfigError
 from structlayers.nn import KSLinear
 from structlayers.surgery import as_linear
 from structlayers.swap_rules import first_match
+from structlayers.values import NOT_NEGATIVE, Kind, check, integer, nullable, number, one_of, patterns
 
 RULES = ("none", "structure", "mup")
+# The options of param_groups, but the patterns.
+KINDS: dict[str, Kind] = {
+    "rule": one_of(*RULES),
+    # YAML may read 1e-3 as text.
+    "lr": number("a positive number", lambda value: 0 < value < math.inf),
+    "weight_decay": NOT_NEGATIVE,
+    "base_width": nullable(integer(1)),
+}
 
 
 def param_groups(
@@ -30,8 +39,8 @@ def param_groups(
     weight_decay: float = 0.0,
     *,
     base_width: int | None = None,
-    input_layers: Sequence[str] = (),
-    no_decay: Sequence[str] = (),
+    input_layers: Sequence[str] | str = (),
+    no_decay: Sequence[str] | str = (),
 ) -> list[dict[str, Any]]:
     """Groups ``{"name", "params", "lr", "weight_decay"}`` with every trainable parameter of ``model`` exactly once.
 
@@ -62,20 +71,15 @@ def param_groups(
     Raises :class:`ConfigError` on an unknown rule, a rate that is not positive, ``base_width`` absent with "mup" or
     given without it, a pattern that matches nothing, or a model with nothing to train.
     """
-    if rule not in RULES:
-        raise ConfigError(f"rule = {rule!r}: expected one of {', '.join(RULES)}")
-    # YAML may read 1e-3 as text.
-    if isinstance(lr, str) or not (lr > 0 and math.isfinite(lr)):
-        raise ConfigError(f"lr = {lr!r}: expected a positive number")
-    if isinstance(weight_decay, str) or not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise ConfigError(f"weight_decay = {weight_decay!r}: expected a number >= 0")
-    if (base_width is not None) != (rule == "mup") or (base_width is not None and base_width < 1):
-        raise ConfigError(f"base_width = {base_width!r} with rule {rule!r}: expected an integer >= 1 with 'mup' only")
-    for name, patterns, names in (
+    check(locals(), KINDS)
+    if (base_width is not None) != (rule == "mup"):
+        raise ConfigError(f"base_width = {base_width!r} with rule {rule!r}: expected an integer with 'mup' only")
+    input_layers, no_decay = patterns("input_layers", input_layers), patterns("no_decay", no_decay)
+    for name, given, names in (
         ("input_layers", input_layers, [name for name, _ in model.named_modules()]),
         ("no_decay", no_decay, [name for name, _ in model.named_parameters()]),
     ):
-        for pattern in patterns:
+        for pattern in given:
             if not any(first_match(n, [pattern]) is not None for n in names):
                 raise ConfigError(
                     f"{name} pattern {pattern!r} matches nothing: expected some of {', '.join(names[:5])}"

@@ -24,10 +24,12 @@ from structlayers.epilogues import fuse_sequentials, plan_absorptions
 from structlayers.errors import ChainError, ConfigError, DataError
 from structlayers.formats import PermutedLinear
 from structlayers.frozen import FrozenFactors
+from structlayers.init import RULES as SCALES
 from structlayers.nn import KSLinear
 from structlayers.patterns import Chain
 from structlayers.problem import Layout
 from structlayers.swap_rules import Rules, SwapRule, chooser
+from structlayers.values import check, one_of
 
 __all__ = [
     "BatchLastLinear",
@@ -41,6 +43,8 @@ __all__ = [
     "install",
     "swap_linears",
 ]
+
+INITS = ("random", "project", "project_data")
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,10 @@ def swap_linears(
     ``nn.TransformerEncoderLayer`` reads its children's weights only in its fused inference path, which is turned off.
 
     Raises :class:`ConfigError` for a rule that matches no layer, naming its patterns and the layers that exist, and for
-    an unknown structure, option or ``init``, or ``activations`` that do not fit; :class:`DataError` for a layer whose
-    calibration is absent or too small. The model is then unchanged.
+    an unknown structure, option, ``init`` or ``scale``, or ``activations`` that do not fit; :class:`DataError` for a
+    layer whose calibration is absent or too small. The model is then unchanged.
     """
-    if init not in ("random", "project", "project_data"):
-        raise ConfigError(f"init = {init!r}: expected 'random', 'project' or 'project_data'")
+    check(locals(), {"init": one_of(*INITS), "scale": one_of(*SCALES)})
     if (init == "project_data") != (moments is not None):
         given = "no moments" if moments is None else "moments"
         raise ConfigError(f"init = {init!r} with {given}: expected 'project_data' with those of collect_moments")

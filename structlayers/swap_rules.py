@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from structlayers.errors import ChainError, ConfigError
 from structlayers.patterns import Chain
+from structlayers.values import MAPPING, Kind, check, nullable, number, patterns
 
 STRUCTURES: dict[str, Callable[..., Chain]] = {
     "monarch": Chain.monarch,
@@ -18,6 +19,13 @@ STRUCTURES: dict[str, Callable[..., Chain]] = {
     "low_rank": Chain.low_rank,
     "block_diagonal": Chain.block_diagonal,
     "dense": Chain.dense,
+}
+
+_KINDS = {
+    "structure": Kind("a name or a chain's text", lambda value: isinstance(value, str)),
+    "options": nullable(MAPPING),
+    "max_kept": number("a fraction of the dense parameters above 0", lambda value: value > 0),
+    "budget": nullable(number("a fraction of the dense parameters, above 0, at most 1", lambda value: 0 < value <= 1)),
 }
 
 
@@ -41,19 +49,10 @@ class SwapRule:
     budget: float | None = None
 
     def __post_init__(self) -> None:
+        check(vars(self), _KINDS)
         for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            # A lone string is one pattern, not a sequence of letters.
-            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns or ()))
+            object.__setattr__(self, name, patterns(name, getattr(self, name)))
         object.__setattr__(self, "options", dict(self.options or {}))
-        if not isinstance(self.structure, str):
-            raise ConfigError(f"structure {self.structure!r}: expected a name or a chain's text")
-        if isinstance(self.max_kept, str) or not self.max_kept > 0:
-            raise ConfigError(f"max_kept = {self.max_kept!r}: expected a fraction of the dense parameters above 0")
-        if self.budget is not None and (isinstance(self.budget, str) or not 0 < self.budget <= 1):
-            raise ConfigError(
-                f"budget = {self.budget!r}: expected a fraction of the dense parameters, above 0, at most 1"
-            )
         if self._is_spec:
             if self.options:
                 raise ConfigError(f"options {dict(self.options)} with the chain {self.structure!r}: expected none")

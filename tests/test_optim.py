@@ -158,6 +158,18 @@ def test_what_does_not_decay():
     } | {f"butterfly.factors.{q}" for q in range(6)}
 
 
+def test_a_lone_pattern_is_no_list_of_letters():
+    def decays(no_decay):
+        return {
+            name
+            for name, (_, decay) in by_name(model, param_groups(model, 1.0, weight_decay=0.1, **no_decay)).items()
+            if decay
+        }
+
+    model = Net()
+    assert decays({"no_decay": "dense.*"}) == decays({"no_decay": ["dense.*"]}) != decays({"no_decay": None})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,10 +178,12 @@ def test_what_does_not_decay():
         ({"lr": float("nan")}, "lr = nan"),
         ({"lr": "1e-3"}, "lr = '1e-3': expected a positive number"),
         ({"weight_decay": -1.0}, "weight_decay = -1.0"),
-        ({"weight_decay": "0.1"}, "weight_decay = '0.1': expected a number >= 0"),
+        ({"weight_decay": "0.1"}, "weight_decay = '0.1': expected a number of at least 0"),
         ({"rule": "mup"}, "base_width = None with rule 'mup'"),
         ({"rule": "mup", "base_width": 0}, "base_width = 0"),
         ({"base_width": 64}, "base_width = 64 with rule 'structure'"),
+        ({"rule": "mup", "base_width": "8"}, "base_width = '8': expected an integer"),
+        ({"no_decay": [5]}, "no_decay = [5]: expected a pattern or a list of patterns"),
         ({"no_decay": ["*.wieght"]}, "no_decay pattern '*.wieght' matches nothing"),
         ({"rule": "mup", "base_width": 8, "input_layers": ["stem"]}, "input_layers pattern 'stem' matches nothing"),
     ],

@@ -17,7 +17,7 @@ PYTHON = [*SOURCES, *sorted(ROOT.glob("*.py")), *sorted((ROOT / "tests").rglob("
 
 # Imports point down only: a module imports from its own line or from one above it.
 LAYERS = (
-    {"errors", "files", "tolerances"},
+    {"errors", "values", "files", "tolerances"},
     {"sizes"},
     {"patterns"},
     {"problem"},

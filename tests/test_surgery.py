@@ -113,7 +113,11 @@ def test_callable_rule():
         ({"max_kept": 0.0}, "max_kept = 0.0"),
         ({"max_kept": "0.5"}, "max_kept = '0.5': expected a fraction"),
         ({"structure": "low_rank", "budget": "0.5"}, "budget = '0.5': expected a fraction"),
-        ({"structure": 4}, "structure 4: expected a name or a chain's text"),
+        ({"structure": 4}, "structure = 4: expected a name or a chain's text"),
+        ({"options": 5}, "options = 5: expected a mapping"),
+        ({"include": 5}, "include = 5: expected a pattern or a list of patterns"),
+        ({"exclude": [5]}, "exclude = [5]: expected a pattern"),
+        ({"max_kept": None}, "max_kept = None: expected a fraction"),
         ([], "empty list of rules"),
         ({}, "an empty rule"),
         (3, "rule 3: expected a SwapRule"),
@@ -131,8 +135,10 @@ def test_bad_rules_are_named_and_change_nothing(rule, message):
 def test_bad_spec_and_bad_init():
     with pytest.raises(ChainError, match=r"\(1,2,3\)"):
         SwapRule("(1,2,3)")
-    with pytest.raises(ConfigError, match="init = 'svd': expected 'random', 'project' or 'project_data'"):
+    with pytest.raises(ConfigError, match="init = 'svd': expected one of random, project, project_data"):
         swap_linears(Net(), MONARCH, init="svd")
+    with pytest.raises(ConfigError, match="scale = 'large': expected one of variance, structure"):
+        swap_linears(Net(), MONARCH, scale="large")
 
 
 def test_the_model_itself_and_a_model_without_linears():

@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 
 from structlayers.errors import ConfigError
+from structlayers.values import check, integer, number
 
 
 def positive(**values: int) -> None:
     """Raise ``ConfigError`` unless every value is an integer of at least 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r}: expected an integer of at least 1")
+    check(values, dict.fromkeys(values, integer(1)))
 
 
 def probability(**values: float) -> None:
     """Raise ``ConfigError`` unless every value lies in [0, 1)."""
-    for name, value in values.items():
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"{name}={value!r}: expected a number in [0, 1)")
+    check(values, dict.fromkeys(values, number("a number in [0, 1)", lambda value: 0 <= value < 1)))
 
 
 def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -35,6 +32,7 @@ def image_shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
 
 def hidden_width(dim: int, mlp_ratio: float) -> int:
     """Width of a transformer's feed-forward layer, ``dim * mlp_ratio``, which has to be a whole number."""
+    check(locals(), {"mlp_ratio": number("a number above 0", lambda value: value > 0)})
     width = dim * mlp_ratio
     if width < 1 or width != int(width):
         raise ConfigError(f"mlp_ratio={mlp_ratio}: dim * mlp_ratio = {width} is not a whole number of at least 1")
