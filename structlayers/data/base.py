@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structlayers.data.loader import Batch, BatchLoader, Fetch
-from structlayers.errors import ConfigError, DataError
+from structlayers.errors import DataError
+from structlayers.values import FLAG, check, integer
 
 Split = Literal["train", "val", "test"]
 
@@ -24,13 +25,7 @@ class MemoryDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r}: expected an integer of at least {least}")
+        check(locals(), {"batch_size": integer(1), "eval_batch_size": integer(1), "seed": integer(0)})
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
@@ -85,8 +80,7 @@ class ImageDataModule(MemoryDataModule):
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int, shift: int, flip: bool) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        if not isinstance(shift, int) or not 0 <= shift < min(self.input_shape[1:]):
-            raise ConfigError(f"shift={shift!r}: expected an integer from 0 to {min(self.input_shape[1:]) - 1}")
+        check(locals(), {"shift": integer(0, min(self.input_shape[1:]) - 1), "flip": FLAG})
         self.shift = shift
         self.flip = flip
         self.splits: dict[Split, Batch] = {}

@@ -1,10 +1,13 @@
 """scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, shipped with scikit-learn."""
 
+from typing import Any
+
 import torch
 
 from structlayers.data.base import ImageDataModule, Split
 from structlayers.data.loader import Batch
 from structlayers.errors import ConfigError, DataError
+from structlayers.values import FRACTION, SEED, check
 
 
 class DigitsDataModule(ImageDataModule):
@@ -28,7 +31,8 @@ class DigitsDataModule(ImageDataModule):
         shift: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed, shift, flip=False)
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        check(locals(), {"split_seed": SEED, "val_fraction": FRACTION, "test_fraction": FRACTION})
+        if val_fraction + test_fraction >= 1:
             raise ConfigError(
                 f"val_fraction={val_fraction}, test_fraction={test_fraction}: expected both above 0, together below 1"
             )
@@ -44,15 +48,19 @@ class DigitsDataModule(ImageDataModule):
             raise DataError(f"the digits come with scikit-learn: pip install scikit-learn ({error})") from error
         digits = load_digits()
         labels = digits.target
-        rest, test = train_test_split(
-            range(len(labels)), test_size=self.test_fraction, stratify=labels, random_state=self.split_seed
-        )
-        train, val = train_test_split(
-            rest,
-            test_size=self.val_fraction / (1 - self.test_fraction),
-            stratify=labels[rest],
-            random_state=self.split_seed,
-        )
+
+        def split(indices: Any, option: str, share: float) -> Any:
+            try:
+                return train_test_split(
+                    indices, test_size=share, stratify=labels[indices], random_state=self.split_seed
+                )
+            except ValueError as error:
+                raise ConfigError(
+                    f"{option} = {getattr(self, option)!r}: expected all classes in each part ({error})"
+                ) from error
+
+        rest, test = split(range(len(labels)), "test_fraction", self.test_fraction)
+        train, val = split(rest, "val_fraction", self.val_fraction / (1 - self.test_fraction))
         x = torch.from_numpy(digits.images)[:, None]
         y = torch.from_numpy(labels).long()
         return {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": (x[test], y[test])}

@@ -9,6 +9,7 @@ from structlayers.data.base import ImageDataModule, Split
 from structlayers.data.idx import find_idx, read_idx
 from structlayers.data.loader import Batch, seeded_generator
 from structlayers.errors import ConfigError, DataError
+from structlayers.values import check, integer
 
 # where Debian's package dataset-fashion-mnist puts them
 DEFAULT_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -36,8 +37,7 @@ class FashionMNISTDataModule(ImageDataModule):
         flip: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed, shift, flip)
-        if not isinstance(val_size, int) or val_size < 1:
-            raise ConfigError(f"val_size={val_size!r}: expected an integer of at least 1")
+        check(locals(), {"split_seed": integer(0), "val_size": integer(1)})
         self.data_dir = Path(data_dir).expanduser()
         self.split_seed = split_seed
         self.val_size = val_size

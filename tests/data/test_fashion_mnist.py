@@ -125,7 +125,7 @@ def test_files_that_do_not_fit_together(tmp_path, replace, message):
 
 def test_impossible_val_size(tmp_path):
     write_set(tmp_path)
-    with pytest.raises(ConfigError, match="val_size=0"):
+    with pytest.raises(ConfigError, match="val_size = 0"):
         FashionMNISTDataModule(str(tmp_path), val_size=0)
     with pytest.raises(ConfigError, match="val_size=40: leaves none of the 40 training images"):
         FashionMNISTDataModule(str(tmp_path), val_size=40).setup()

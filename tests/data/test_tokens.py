@@ -110,7 +110,7 @@ def test_random_training_passages_are_of_the_training_part(sources):
     [
         (TokenDataModule, {"test_tokens": 8}, ConfigError, "test_tokens=8: expected more than context_length=8"),
         (TokenDataModule, {"context_length": 300}, DataError, "the val part has .* tokens, expected more than 300"),
-        (PassagePairsDataModule, {"run_length": 0}, ConfigError, "run_length=0: expected an integer of at least 1"),
+        (PassagePairsDataModule, {"run_length": 0}, ConfigError, "run_length = 0: expected an integer of at least 1"),
         (PassagePairsDataModule, {"run_length": 4}, ConfigError, "context_length=8 leaves 6 tokens .* run_length=4"),
     ],
 )
