@@ -61,14 +61,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: cannot be read as a checkpoint of train.py ({path.stat().st_size:,} bytes; truncated or another "
             f"kind of file): {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    expected = {"state_dict", "hyper_parameters"}
-    found = set(checkpoint) if isinstance(checkpoint, dict) else set()
-    if not expected <= found or "config" not in checkpoint["hyper_parameters"]:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of train.py: expected state_dict and hyper_parameters with a config, found "
-            f"{', '.join(sorted(map(str, found))) or type(checkpoint).__name__}"
-        )
+    _require(path, "", checkpoint, "state_dict", "hyper_parameters")
+    _require(path, "hyper_parameters", checkpoint["hyper_parameters"], "task", "model_args", "config")
+    _require(path, "config", checkpoint["hyper_parameters"]["config"], "model", "structure", "data")
+    _require(path, "model_args", checkpoint["hyper_parameters"]["model_args"])
+    _require(path, "state_dict", checkpoint["state_dict"])
     return checkpoint
+
+
+def _require(path: Path, where: str, found: object, *keys: str) -> None:
+    """Raise ``CheckpointError`` unless what a checkpoint has in one place is a mapping with these keys."""
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        has = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py: expected {' and '.join(keys) or 'a mapping'}"
+            f"{where and ' in '}{where}, found {has or 'nothing'}"
+        )
 
 
 def check_matches(checkpoint: dict[str, Any], model: nn.Module, path: str | Path) -> None:

@@ -18,10 +18,13 @@ def model(blocks=None, width=64):
     return found
 
 
+CONFIG = {"model": {}, "structure": {}, "data": {}}
+
+
 def checkpoint_of(found):
     return {
         "state_dict": {f"model.{name}": value for name, value in found.state_dict().items()},
-        "hyper_parameters": {"task": "classification", "config": {"seed": 0}},
+        "hyper_parameters": {"task": "classification", "model_args": {}, "config": CONFIG},
     }
 
 
@@ -36,7 +39,7 @@ def test_round_trip(path):
     found = model(4)
     checkpoint = read_checkpoint(path)
     check_matches(checkpoint, found, path)
-    assert checkpoint["hyper_parameters"]["config"] == {"seed": 0}
+    assert checkpoint["hyper_parameters"]["config"] == CONFIG
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -102,7 +105,17 @@ def test_absent_file(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [{"weight": torch.zeros(2)}, torch.zeros(2), [1], {"state_dict": {}, "hyper_parameters": {"lr": 1}}, {}],
+    [
+        {"weight": torch.zeros(2)},
+        torch.zeros(2),
+        [1],
+        {},
+        *({"state_dict": {}, "hyper_parameters": stored} for stored in (None, [], {"lr": 1}, {"config": {}})),
+        {"state_dict": {}, "hyper_parameters": {"task": "classification", "model_args": {}, "config": None}},
+        {"state_dict": {}, "hyper_parameters": {"task": "classification", "model_args": {}, "config": {"model": {}}}},
+        {"state_dict": {}, "hyper_parameters": {"task": "classification", "model_args": 5, "config": CONFIG}},
+        {"state_dict": 5, "hyper_parameters": {"task": "classification", "model_args": {}, "config": CONFIG}},
+    ],
 )
 def test_foreign_file(tmp_path, content):
     path = tmp_path / "foreign.ckpt"
