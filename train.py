@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,15 +26,30 @@ from structlayers.lit import (
     AtomicCheckpointIO,
     LitModule,
     check_matches,
+    check_monitors,
     check_resumes,
+    check_trainer,
     find_checkpoint,
     read_checkpoint,
 )
 from structlayers.lit.callbacks import LastCheckpoint, StepTimer
 from structlayers.lit.loggers import CSVLogger
 from structlayers.lit.summary import RunResult, count_flops, disguised_chains, example_input, summarise
+from structlayers.values import FLAG, MAPPING, SEED, TEXT, THREADS, check, integer, nullable, one_of
 
 say = rank_zero_only(print)
+
+KINDS = {
+    "seed": SEED,
+    "compare": nullable(one_of("dense")),
+    "seeds": integer(1),
+    "ckpt_path": nullable(TEXT),
+    "compile": FLAG,
+    "recompute": FLAG,
+    "threads": THREADS,
+    "output_dir": TEXT,
+    "trainer": MAPPING,
+}
 
 
 def train(cfg: DictConfig, name: str) -> RunResult:
@@ -61,6 +77,7 @@ def train(cfg: DictConfig, name: str) -> RunResult:
     if ckpt_path and checkpoint:
         check_resumes(checkpoint["hyper_parameters"]["config"]["optim"], config["optim"], ckpt_path)
     callbacks = {key: instantiate(callback) for key, callback in cfg.callbacks.items()}
+    check_monitors(callbacks, module)
     if not cfg.trainer.enable_progress_bar:
         callbacks.pop("progress_bar", None)
     # Lightning would add a checkpoint of its own where none is asked for.
@@ -123,16 +140,10 @@ def train(cfg: DictConfig, name: str) -> RunResult:
 
 def runs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """The trainings that a configuration asks for: its own in the run folder, further ones in folders below it."""
-    for key, expected, ok in (
-        ("compare", "dense or null", cfg.compare in (None, "dense")),
-        ("seeds", "a number of seeds, at least 1", isinstance(cfg.seeds, int) and cfg.seeds >= 1),
-        ("seed", "an integer of at least 0", isinstance(cfg.seed, int) and cfg.seed >= 0),
-        ("compile", "true or false", isinstance(cfg.compile, bool)),
-        ("recompute", "true or false", isinstance(cfg.recompute, bool)),
-        ("threads", "at least 1, or null", cfg.threads is None or (isinstance(cfg.threads, int) and cfg.threads >= 1)),
-    ):
-        if not ok:
-            raise ConfigError(f"{key} is {cfg[key]!r}; expected {expected}")
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check(config, KINDS)
+    check({"seed": cfg.seed + cfg.seeds - 1}, {"seed": SEED}, "the last of the seeds: ")
+    check_trainer(config["trainer"])
     name = cfg.structure.get("structure", "mixed") if cfg.structure else "dense"
     if cfg.compare == name:
         raise ConfigError("compare=dense with structure=dense compares a model with itself; choose another structure")

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -58,8 +59,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
             _show_tracebacks(full)
             try:
                 return task(cfg)
-            except mistakes as error:
-                if full:
+            except SIGTERMException:
+                # Lightning's way out has the exit code of success.
+                print("error: ended by SIGTERM before the work was done", file=sys.stderr, flush=True)
+                sys.exit(128 + signal.SIGTERM)
+            except Exception as error:
+                if full or not (isinstance(error, mistakes) or _is_of_lightning(error)):
                     raise
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     # Hydra runs the other jobs of a sweep before it raises this again, for which see main().
@@ -67,10 +72,6 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
                     raise
                 # Here, because Hydra writes lines of its own about an exception that reaches it.
                 sys.exit(f"error: {one_line(error)}")
-            except SIGTERMException:
-                # Lightning's way out has the exit code of success.
-                print("error: ended by SIGTERM before the work was done", file=sys.stderr, flush=True)
-                sys.exit(128 + signal.SIGTERM)
             finally:
                 # The error of an earlier job comes after the last one of a sweep.
                 _show_tracebacks(full or HydraConfig.get().mode == RunMode.MULTIRUN)
@@ -98,6 +99,12 @@ def entry_point(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[
         return main
 
     return decorate
+
+
+def _is_of_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raises this about a value: not all of its errors about options have its own type."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def _show_tracebacks(show: bool) -> None:

@@ -218,6 +218,23 @@ def test_multirun(train, tmp_path, monkeypatch, capsys):
         ("trainer.precision=float17", ["float17"]),
         ("ckpt_path=none.ckpt", ["none.ckpt", "no such file"]),
         ("lr", ["lr"]),
+        ("trainer.max_epochs=abc", ["trainer.max_epochs = 'abc'", "integer"]),
+        ("trainer.gradient_clip_val=nan", ["trainer.gradient_clip_val = nan", "finite"]),
+        # Lightning's own words, when it knows the number of batches.
+        ("trainer.val_check_interval=1000", ["val_check_interval", "1000", "9"]),
+        ("optim.betas=[0.9,1.5]", ["betas = [0.9, 1.5]", "below 1"]),
+        ("optim.no_decay=[5]", ["no_decay = [5]", "pattern"]),
+        ("structure.scale=foo", ["scale = 'foo'", "variance"]),
+        ("structure.options=5", ["options = 5", "mapping"]),
+        ("structure.include=5", ["include = 5", "pattern"]),
+        ("+structure.rules=5", ["rule 5", "mapping"]),
+        ("seed=4294967296", ["seed = 4294967296", "4294967295"]),
+        ("threads=true", ["threads = True", "integer"]),
+        ("data.val_fraction=0.001", ["val_fraction = 0.001", "classes"]),
+        ("model._target_=3", ["_target_ = 3", "text"]),
+        ("ckpt_path=5", ["ckpt_path = 5", "text"]),
+        ("callbacks.last.every_n_steps=abc", ["every_n_steps = 'abc'", "integer"]),
+        ("callbacks.best.monitor=val/acc", ["callbacks.best.monitor = 'val/acc'", "val/accuracy"]),
     ],
 )
 def test_mistake_is_one_line(run, override, names, tmp_path):

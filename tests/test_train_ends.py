@@ -121,7 +121,7 @@ def test_sigterm_is_no_success(run, train, monkeypatch, capsys):
 def test_a_mistake_in_one_job_of_a_sweep_does_not_stop_the_others(train, tmp_path, monkeypatch, capsys, rates):
     sweep = ["--multirun", f"hydra.sweep.dir={tmp_path}", *QUICK, f"optim.lr={rates}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *sweep])
-    with pytest.raises(SystemExit, match="error: lr is -1"):
+    with pytest.raises(SystemExit, match="error: lr = -1"):
         train.main()
     printed = capsys.readouterr()
     assert printed.out.count("test accuracy") == 1

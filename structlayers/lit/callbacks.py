@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from tqdm import tqdm
 
 from structlayers.errors import ConfigError
+from structlayers.values import NOT_NEGATIVE, check, integer
 
 
 class ProgressBar(LightningProgressBar):
@@ -25,6 +26,7 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, log_every_s: float = 10.0) -> None:
         super().__init__()
+        check(locals(), {"log_every_s": NOT_NEGATIVE})
         self.log_every_s = log_every_s
         self._enabled = True
         self._bar: tqdm | None = None
@@ -188,6 +190,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str, every_n_steps: int = 0) -> None:
         super().__init__()
+        check(locals(), {"every_n_steps": integer(0)})
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._step = 0

@@ -14,12 +14,28 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from structlayers import optim
 from structlayers.errors import ConfigError
 from structlayers.optim import param_groups
+from structlayers.values import FLAG, SHARE, Kind, check, integer, listed, nullable, number, one_of, patterns
 
-TASKS = ("classification", "language_modelling")
+_BETA = number("a number of at least 0, below 1", lambda value: 0 <= value < 1)
+# Each with what is logged of it besides the loss.
+TASKS = {"classification": ("accuracy",), "language_modelling": ("perplexity", "bits_per_byte")}
 # What the parameter groups are made from: an optimizer that is restored keeps its own, whatever the module was given.
 _RESTORED = ("lr", "weight_decay", "betas", "rule", "base_width", "input_layers", "no_decay")
+KINDS: dict[str, Kind] = {
+    **optim.KINDS,
+    "task": one_of(*TASKS),
+    "betas": Kind(
+        "two numbers of at least 0, below 1", lambda value: len(listed(value)) == 2 and all(map(_BETA.holds, value))
+    ),
+    "warmup": SHARE,
+    "final_lr": SHARE,
+    "label_smoothing": SHARE,
+    "schedule_steps": nullable(integer(1)),
+    "compile": FLAG,
+}
 
 
 def warmup_cosine(total_steps: int, warmup: float, final_lr: float) -> Callable[[int], float]:
@@ -61,8 +77,8 @@ class LitModule(pl.LightningModule):
         betas: Sequence[float] = (0.9, 0.999),
         rule: str = "structure",
         base_width: int | None = None,
-        input_layers: Sequence[str] = (),
-        no_decay: Sequence[str] = (),
+        input_layers: Sequence[str] | str = (),
+        no_decay: Sequence[str] | str = (),
         warmup: float = 0.05,
         final_lr: float = 0.0,
         schedule_steps: int | None = None,
@@ -72,15 +88,7 @@ class LitModule(pl.LightningModule):
         hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if task not in TASKS:
-            raise ConfigError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
-        for name, value in (("warmup", warmup), ("final_lr", final_lr), ("label_smoothing", label_smoothing)):
-            if not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise ConfigError(f"{name} is {value!r}; expected a share between 0 and 1")
-        if not (isinstance(lr, int | float) and lr > 0):
-            raise ConfigError(f"lr is {lr!r}; expected a number above 0")
-        if schedule_steps is not None and not (isinstance(schedule_steps, int) and schedule_steps > 0):
-            raise ConfigError(f"schedule_steps is {schedule_steps!r}; expected at least 1, or null")
+        check(locals(), KINDS)
         self.save_hyperparameters(dict(hyperparameters or {}))
         self.model = model
         self.task = task
@@ -89,8 +97,8 @@ class LitModule(pl.LightningModule):
             "rule": rule,
             "weight_decay": weight_decay,
             "base_width": base_width,
-            "input_layers": input_layers,
-            "no_decay": no_decay,
+            "input_layers": patterns("input_layers", input_layers),
+            "no_decay": patterns("no_decay", no_decay),
         }
         self.warmup, self.final_lr, self.schedule_steps = warmup, final_lr, schedule_steps
         self.label_smoothing = label_smoothing
@@ -99,6 +107,11 @@ class LitModule(pl.LightningModule):
         if compile:
             # In place: a wrapper would put `_orig_mod` into the names of the weights.
             model.compile()
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """The names of the metrics that a training logs."""
+        return ("train/loss", "train/lr", *(f"val/{name}" for name in ("loss", *TASKS[self.task])))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

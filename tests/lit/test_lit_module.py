@@ -164,11 +164,17 @@ def test_hyperparameters_are_what_was_given():
     ("options", "message"),
     [
         ({"task": "regression"}, "'regression'.*classification, language_modelling"),
-        ({"lr": 0.0}, "lr is 0.0"),
-        ({"warmup": 5}, "warmup is 5"),
-        ({"final_lr": -0.1}, "final_lr is -0.1"),
-        ({"label_smoothing": 2}, "label_smoothing is 2"),
-        ({"schedule_steps": -5}, "schedule_steps is -5"),
+        ({"lr": 0.0}, "lr = 0.0"),
+        ({"warmup": 5}, "warmup = 5"),
+        ({"final_lr": -0.1}, "final_lr = -0.1"),
+        ({"label_smoothing": 2}, "label_smoothing = 2"),
+        ({"schedule_steps": -5}, "schedule_steps = -5"),
+        ({"weight_decay": None}, "weight_decay = None: expected a number of at least 0"),
+        ({"betas": [0.9]}, r"betas = \[0.9\]: expected two numbers"),
+        ({"betas": [0.9, 1.5]}, r"betas = \[0.9, 1.5\]"),
+        ({"betas": ["a", "b"]}, r"betas = \['a', 'b'\]"),
+        ({"base_width": "abc"}, "base_width = 'abc': expected an integer"),
+        ({"no_decay": 5}, "no_decay = 5: expected a pattern or a list of patterns"),
     ],
 )
 def test_mistakes(options, message):
