@@ -32,6 +32,20 @@ from structlayers.build import build_model, check_finite, require_swaps
 from structlayers.cli import entry_point
 from structlayers.errors import ConfigError, DataError
 from structlayers.lit import check_matches, evaluate, find_checkpoint, read_checkpoint
+from structlayers.values import (
+    FLAG,
+    MAPPING,
+    SEED,
+    TEXT,
+    THREADS,
+    check,
+    either,
+    integer,
+    listed,
+    nullable,
+    one_of,
+    some,
+)
 
 METRICS = {"accuracy": "accuracy {:.2%}", "bits_per_byte": "{:.4f} bits per byte", "loss": "loss {:.4f} nats"}
 # Groups that a checkpoint has already decided.
@@ -49,9 +63,20 @@ class Subject:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def listed(value: Any) -> tuple[Any, ...]:
-    """A value of the configuration that may be one or a list."""
-    return tuple(value) if OmegaConf.is_list(value) else (value,)
+KINDS = {
+    **dict.fromkeys(("ckpt_path", "wandb", "name"), nullable(TEXT)),
+    # A hash may be all digits.
+    "commit": nullable(either(TEXT, integer(0))),
+    **dict.fromkeys(("evaluate", "plot"), FLAG),
+    "model_args": nullable(MAPPING),
+    "compile": some(either(FLAG, TEXT)),
+    "device": TEXT,
+    "threads": THREADS,
+    "float32_precision": one_of("highest", "high", "medium"),
+    "seed": SEED,
+    "bench": MAPPING,
+    "output_dir": TEXT,
+}
 
 
 def sweep_of(cfg: DictConfig) -> ModelSweep:
@@ -63,6 +88,10 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         raise ConfigError(f"device = {device!r}: expected auto, cpu, cuda or cuda:<number>")
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r}: this torch ({torch.__version__}) sees no CUDA device")
+    try:
+        plan = TimingPlan(**cfg.bench)
+    except TypeError as error:
+        raise ConfigError(f"bench: {error}") from error
     return ModelSweep(
         batch_sizes=listed(cfg.batch_size),
         dtypes=listed(cfg.dtype),
@@ -78,8 +107,8 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         free=cfg.free,
         energy=cfg.energy,
         energy_window_s=cfg.energy_window_s,
-        commit=cfg.commit,
-        plan=TimingPlan(**cfg.bench),
+        commit=None if cfg.commit is None else str(cfg.commit),
+        plan=plan,
     )
 
 
@@ -151,18 +180,15 @@ def main(cfg: DictConfig) -> None:
     """Time what the configuration asks for, and write rows.jsonl and latency.png into the run folder."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
+    check(OmegaConf.to_container(cfg, resolve=True), KINDS)  # type: ignore[arg-type]
     if cfg.ckpt_path:
         for override in overrides():
             if override.split("=")[0].lstrip("+~").split(".")[0] in _FIXED_BY_CHECKPOINT and not override.startswith(
                 "data."
             ):
                 raise ConfigError(f"{override}: the checkpoint decides this; leave it out, or leave out ckpt_path")
-    if cfg.float32_precision not in ("highest", "high", "medium"):
-        raise ConfigError(f"float32_precision = {cfg.float32_precision!r}: expected highest, high or medium")
     torch.set_float32_matmul_precision(cfg.float32_precision)
     if cfg.threads is not None:
-        if not isinstance(cfg.threads, int) or cfg.threads < 1:
-            raise ConfigError(f"threads = {cfg.threads!r}: expected an integer of at least 1")
         torch.set_num_threads(cfg.threads)
     sweep = sweep_of(cfg)
     subject = from_checkpoint(cfg, torch.device(sweep.device)) if cfg.ckpt_path else from_config(cfg)

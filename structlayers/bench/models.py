@@ -35,6 +35,7 @@ from structlayers.nn import KSLinear
 from structlayers.ops import ks_chain
 from structlayers.problem import Layout
 from structlayers.tolerances import model_tolerance, tolerance
+from structlayers.values import FLAG, check, integer, number
 
 DTYPES = {
     "float64": torch.float64,
@@ -45,6 +46,12 @@ DTYPES = {
 # "graphed": compiled, and captured as one CUDA graph that is replayed.
 GRAPHED = "graphed"
 COMPILE_MODES = ("no", "default", GRAPHED, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+_KINDS = {
+    "oracle_rows": integer(1),
+    **dict.fromkeys(("roofline", "epilogue", "one_factor", "free", "energy"), FLAG),
+    "energy_window_s": number("a number of seconds above 0", lambda value: 0 < value < math.inf),
+}
 
 # A layer is compared on so many of its input rows: the oracle costs far more than the layer.
 _LAYER_ROWS = 64
@@ -83,15 +90,16 @@ class ModelSweep:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name} = {list(values)}: expected at least one value, none of them twice")
-        if bad := [n for n in self.batch_sizes if isinstance(n, bool) or not isinstance(n, int) or n < 1]:
-            raise ConfigError(f"batch size {bad[0]!r}: expected an integer of at least 1")
+        for n in self.batch_sizes:
+            check({"batch size": n}, {"batch size": integer(1)})
+        for value in self.frozen:
+            check({"freeze": value}, {"freeze": FLAG})
         _known("dtype", self.dtypes, tuple(DTYPES))
         _known("layout", self.layouts, tuple(layout.value for layout in Layout))
         _known("compile", self.compiled, COMPILE_MODES)
         for backend in self.backends:
             check_backend(backend)
-        if self.oracle_rows < 1:
-            raise ConfigError(f"oracle_rows = {self.oracle_rows}: expected at least 1")
+        check(vars(self), _KINDS)
 
 
 def _known(name: str, values: Sequence[str], known: Sequence[str]) -> None:

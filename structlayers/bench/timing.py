@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from structlayers.errors import ConfigError
+from structlayers.values import FLAG, NOT_NEGATIVE, check, integer, one_of
 
 # Ways of timing a call; what rows say of it.
 EAGER, GRAPH, IN_TURN = "eager call, L2 flushed", "graph replay, L2 flushed", "graph replay, weights in turn"
@@ -66,6 +67,15 @@ class Timing:
         return Timing(self.p20_ms / calls, self.p50_ms / calls, self.p80_ms / calls, self.samples)
 
 
+# The least of each is the plan's to say, in one sentence.
+_KINDS = {
+    **dict.fromkeys(("warmup", "min_samples", "max_samples"), integer(0)),
+    "budget_s": NOT_NEGATIVE,
+    "flush_l2": FLAG,
+    "flush_by": one_of("write", "read"),
+}
+
+
 @dataclass(frozen=True)
 class TimingPlan:
     """How long to measure: every call is sampled for about ``budget_s`` seconds, within the limits of samples.
@@ -83,10 +93,9 @@ class TimingPlan:
     flush_by: str = "write"
 
     def __post_init__(self) -> None:
+        check(vars(self), _KINDS)
         if self.warmup < 1 or not 1 <= self.min_samples <= self.max_samples or not self.budget_s >= 0:
             raise ConfigError(f"{self}: expected warmup >= 1, 1 <= min_samples <= max_samples, budget_s >= 0")
-        if self.flush_by not in ("write", "read"):
-            raise ConfigError(f"flush_by = {self.flush_by!r}: expected write or read")
 
     def n_samples(self, pilot_ms: float) -> int:
         """How often to sample a call that took ``pilot_ms``."""

@@ -141,14 +141,17 @@ def test_a_dense_model_is_timed_alone():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"batch_sizes": (0,)}, "batch size 0"),
-        ({"batch_sizes": ("4",)}, "batch size '4'"),
+        ({"batch_sizes": (0,)}, "batch size = 0"),
+        ({"batch_sizes": ("4",)}, "batch size = '4'"),
         ({"dtypes": ("float8",)}, "'float8'"),
         ({"dtypes": ()}, "dtypes"),
         ({"layouts": ("last",)}, "'last'"),
         ({"compiled": ("fast",)}, "'fast'"),
         ({"backends": ("bmm", "bmm")}, "twice"),
         ({"oracle_rows": 0}, "oracle_rows = 0"),
+        ({"frozen": ("no",)}, "freeze = 'no'"),
+        ({"epilogue": "no"}, "epilogue = 'no'"),
+        ({"energy_window_s": "abc"}, "energy_window_s = 'abc'"),
     ],
 )
 def test_unknown_values_are_named(changes, named):

@@ -61,6 +61,13 @@ def test_quantiles():
     assert (timing.p20_ms, timing.p50_ms, timing.p80_ms, timing.samples) == (pytest.approx(2.0), 5.0, 8.0, 11)
 
 
+@pytest.mark.parametrize("values", [{"budget_s": "abc"}, {"warmup": 1.5}, {"flush_l2": "no"}, {"flush_by": "hand"}])
+def test_a_plan_of_other_kinds_of_values_names_them(values):
+    [(name, value)] = values.items()
+    with pytest.raises(ConfigError, match=f"{name} = {value!r}: expected"):
+        TimingPlan(**values)
+
+
 @pytest.mark.parametrize("values", [{"warmup": 0}, {"min_samples": 0}, {"min_samples": 9, "max_samples": 8}])
 def test_plans_without_samples_are_refused(values):
     with pytest.raises(ConfigError, match="expected warmup >= 1"):
