@@ -24,21 +24,55 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import structlayers
+from structlayers.backends import check_backend
 from structlayers.build import build_model, check_finite
 from structlayers.calibrate import collect_moments
 from structlayers.cli import entry_point
 from structlayers.data_aware import InputMoments
 from structlayers.errors import ConfigError
 from structlayers.files import replace_file
-from structlayers.lit import LitModule, check_matches, evaluate, find_checkpoint, read_checkpoint
+from structlayers.lit import LitModule, check_matches, check_trainer, evaluate, find_checkpoint, read_checkpoint
 from structlayers.lit.callbacks import ProgressBar
 from structlayers.lit.summary import METRICS, format_table
 from structlayers.models.hub import LogitsOf, PassageMatcher
-from structlayers.surgery import swap_linears
+from structlayers.surgery import INITS, swap_linears
 from structlayers.swap_rules import SwapRule
+from structlayers.values import (
+    FLAG,
+    MAPPING,
+    NOT_NEGATIVE,
+    PATTERN,
+    SEED,
+    TEXT,
+    THREADS,
+    Kind,
+    check,
+    integer,
+    listed,
+    nullable,
+    number,
+    one_of,
+    some,
+)
 
-INITS = ("random", "project", "project_data")
 FINETUNED = ", fine-tuned"
+KINDS = {
+    "include": some(PATTERN),
+    "chain": TEXT,
+    "options": nullable(MAPPING),
+    "budgets": some(number("a fraction above 0, at most 1", lambda value: 0 < value <= 1)),
+    "inits": some(one_of(*INITS)),
+    "compare": nullable(Kind("a structure or a list of such", lambda value: all(map(TEXT.holds, listed(value))))),
+    "calibration_batches": integer(1),
+    "ridge": NOT_NEGATIVE,
+    "finetune_steps": integer(0),
+    "finetune_dense": FLAG,
+    "ckpt_path": nullable(TEXT),
+    "seed": SEED,
+    "threads": THREADS,
+    "output_dir": TEXT,
+    "trainer": MAPPING,
+}
 
 
 @dataclass(frozen=True)
@@ -98,17 +132,16 @@ def load_dense(cfg: DictConfig) -> tuple[nn.Module, pl.LightningDataModule]:
 
 def wanted(cfg: DictConfig) -> list[tuple[SwapRule, str, bool]]:
     """Every conversion as rule, init, and whether to fine-tune and save it; raises ``ConfigError`` for bad values."""
-    for key, least in (("calibration_batches", 1), ("finetune_steps", 0), ("seed", 0)):
-        if not isinstance(cfg[key], int) or cfg[key] < least:
-            raise ConfigError(f"{key} = {cfg[key]!r}: expected an integer of at least {least}")
-    inits = list(cfg.inits)
-    if not inits or not cfg.budgets or any(init not in INITS for init in inits):
-        raise ConfigError(f"inits = {inits}, budgets = {cfg.budgets}: expected at least one each, inits of {INITS}")
-    options = {key: value for key, value in cfg.options.items() if value is not None}
-    where = {"include": list(cfg.include), "exclude": list(cfg.exclude)}
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check(config, KINDS)
+    check_trainer(config["trainer"])
+    check_backend(cfg.backend)
+    inits = listed(cfg.inits)
+    options = {key: value for key, value in (cfg.options or {}).items() if value is not None}
+    where = {"include": config["include"], "exclude": config["exclude"]}
     found = []
-    for budget in cfg.budgets:
-        for structure in [*(name for name in cfg.compare if name != cfg.chain), cfg.chain]:
+    for budget in listed(cfg.budgets):
+        for structure in [*(name for name in listed(cfg.compare) if name != cfg.chain), cfg.chain]:
             own = options if structure == cfg.chain else {}
             rule = SwapRule(structure, own, **where, budget=budget)
             found += [(rule, init, structure == cfg.chain and init == inits[-1]) for init in inits]
@@ -118,8 +151,7 @@ def wanted(cfg: DictConfig) -> list[tuple[SwapRule, str, bool]]:
 def calibrate(model: nn.Module, data: pl.LightningDataModule, cfg: DictConfig) -> dict[str, InputMoments]:
     """Moments of the inputs of the layers to convert, by their names in the inner model."""
     batches: Iterable[Any] = itertools.islice(data.train_dataloader(), cfg.calibration_batches)
-    which = list(cfg.include), list(cfg.exclude)
-    return collect_moments(inner(model), batches, *which, forward=lambda _, batch: model(batch[0]))
+    return collect_moments(inner(model), batches, cfg.include, cfg.exclude, forward=lambda _, batch: model(batch[0]))
 
 
 def finetune(model: nn.Module, data: pl.LightningDataModule, cfg: DictConfig) -> nn.Module:
@@ -132,13 +164,17 @@ def finetune(model: nn.Module, data: pl.LightningDataModule, cfg: DictConfig) ->
         logger=False,
         enable_checkpointing=False,
     )
+    trainer.fit(lit_module(model.train(), data, cfg), datamodule=data)
+    return model.eval()
+
+
+def lit_module(model: nn.Module, data: pl.LightningDataModule, cfg: DictConfig) -> LitModule:
+    """What trains ``model``; raises ``ConfigError`` for a bad value of ``optim``."""
     optim: dict[str, Any] = OmegaConf.to_container(cfg.optim, resolve=True)  # type: ignore[assignment]
     try:
-        module = LitModule(model.train(), data.task, **optim, seed=cfg.seed)
+        return LitModule(model, data.task, **optim, seed=cfg.seed)
     except TypeError as error:
         raise ConfigError(f"optim: {error}") from error
-    trainer.fit(module, datamodule=data)
-    return model.eval()
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -198,12 +234,14 @@ def main(cfg: DictConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dense, data = load_dense(cfg)
     check_finite(dense)
+    # Here already, so that a mistake in optim ends the run before the conversions.
+    lit_module(dense, data, cfg)
     OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), folder / "config.yaml")
     found = Findings(data, device, folder)
     found.add("dense", dense, None, time.perf_counter())
     dense.to(device)
     moments = None
-    if "project_data" in cfg.inits:
+    if "project_data" in listed(cfg.inits):
         start = time.perf_counter()
         moments = calibrate(dense, data, cfg)
         rows = max(moment.rows for moment in moments.values())

@@ -101,6 +101,12 @@ def test_random_factors_and_no_fine_tuning(run, trained):
     assert {path.name for path in folder.glob("*.safetensors")} == {"monarch_0.5.safetensors"}
 
 
+def test_where_lists_stand_one_value_will_do(run, trained):
+    lone = ["include=hidden.0", "exclude=null", "inits=project", "budgets=0.5", "compare=low_rank", "options=null"]
+    folder, _ = run(*QUICK, f"ckpt_path={trained}", "chain=btt", *lone, "finetune_steps=0")
+    assert list(results(folder)) == ["dense", "50%: low_rank, project", "50%: btt, project"]
+
+
 def test_an_interrupted_conversion_loses_nothing(run, convert, trained, tmp_path, monkeypatch):
     """Stopped while it fine-tunes, a run has its rows and its model; stopped while it saves, it has the older file."""
 
@@ -133,9 +139,9 @@ def test_an_interrupted_conversion_loses_nothing(run, convert, trained, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["inits=[svd]"], r"inits = \['svd'\].*expected at least one each, inits of"),
-        (["budgets=[]"], r"budgets = \[\].*expected at least one each"),
-        (["budgets=[1.5]"], "budget = 1.5: expected a fraction"),
+        (["inits=[svd]"], r"inits = \['svd'\]: expected one of random, project, project_data, or a list"),
+        (["budgets=[]"], r"budgets = \[\]: expected a fraction above 0, at most 1, or a list of such"),
+        (["budgets=[1.5]"], r"budgets = \[1.5\]: expected a fraction"),
         (["calibration_batches=0"], "calibration_batches = 0: expected an integer of at least 1"),
         (["finetune_steps=-1"], "finetune_steps = -1: expected an integer of at least 0"),
         (["include=[nothing]"], "'nothing'.* matches no linear layer"),
@@ -149,6 +155,17 @@ def test_an_interrupted_conversion_loses_nothing(run, convert, trained, tmp_path
         ),
         (["ridge=-1"], "ridge = -1: expected a number of at least 0"),
         (["optim.momentum=1"], "momentum"),
+        (["optim.weight_decay=abc"], "weight_decay = 'abc': expected a number of at least 0"),
+        (["trainer.accumulate_grad_batches=0"], r"trainer\.accumulate_grad_batches = 0"),
+        (["threads=-1"], "threads = -1: expected an integer of at least 1, or null"),
+        (["budgets=[abc]"], r"budgets = \['abc'\]: expected a fraction"),
+        (["inits=null"], "inits = None: expected one of random"),
+        (["include=null"], "include = None: expected a pattern"),
+        (["compare=5"], "compare = 5: expected a structure"),
+        (["options=5"], "options = 5: expected a mapping"),
+        (["ridge=abc"], "ridge = 'abc': expected a number"),
+        (["seed=4294967296"], "seed = 4294967296: expected an integer from 0"),
+        (["backend=fast"], "backend = 'fast'"),
     ],
 )
 def test_mistakes_end_in_one_line(run, trained, overrides, message):
