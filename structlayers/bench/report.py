@@ -350,7 +350,11 @@ def main(arguments: Sequence[str] | None = None, now: Callable[[], datetime] | N
     try:
         found = read_files(options.files)
         if not found:
-            raise DataError(f"{', '.join(map(str, options.files))}: no benchmark row; {'; '.join(found.broken)}")
+            # A file of another kind is one error, not one for each of its lines.
+            more = f" (and {len(found.broken) - 1} more lines)" if len(found.broken) > 1 else ""
+            raise DataError(
+                f"{', '.join(map(str, options.files))}: no benchmark row; {''.join(found.broken[:1])}{more}"
+            )
         blocks = report_blocks(found)
         date = (now() if now else datetime.now(timezone.utc)).date()
         command = [

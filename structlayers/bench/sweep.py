@@ -14,6 +14,7 @@ from structlayers.bench.machine import Roofline, describe_machine, measure_roofl
 from structlayers.bench.nvml import busy_reason, device_state
 from structlayers.bench.products import float32_precision
 from structlayers.errors import ConfigError
+from structlayers.values import check, number
 
 
 def add_sweep_options(options: argparse.ArgumentParser, out: str) -> None:
@@ -108,9 +109,10 @@ class StateSampler:
 
 
 class Deadline:
-    """Counts from now; ``over`` after so many minutes."""
+    """Counts from now; ``over`` after so many minutes. Raises ``ConfigError`` for a time before now."""
 
     def __init__(self, minutes: float) -> None:
+        check(locals(), {"minutes": number("a number of at least 0", lambda value: value >= 0)})
         self._end = time.monotonic() + 60 * minutes
         self.minutes = minutes
 

@@ -170,6 +170,14 @@ def test_mistakes_end_in_one_line(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_a_file_of_another_kind_is_one_short_line(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("In the beginning was the word.\n" * 1000)
+    with pytest.raises(SystemExit, match=r"book\.txt, line 1: not a benchmark row.* \(and 999 more lines\)") as exit:
+        made([path], tmp_path / "report")
+    assert len(exit.value.code) < 400
+
+
 def test_a_case_measured_again_counts_once(tmp_path):
     path = tmp_path / "cases.jsonl"
     first, second, partial = chain(256, 1, planned=4.0), chain(256, 1, planned=1.0), chain(256, 1)
