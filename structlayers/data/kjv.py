@@ -3,6 +3,7 @@
 ``python -m structlayers.data.kjv kjv.txt`` writes it to a file.
 """
 
+import argparse
 import ast
 import importlib.util
 import sys
@@ -34,9 +35,10 @@ def read_kjv() -> bytes:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m structlayers.data.kjv OUTPUT.txt")
+    description = (__doc__ or "").partition("\n")[0]
+    options = argparse.ArgumentParser(prog="python -m structlayers.data.kjv", description=description)
+    options.add_argument("output", type=Path, help="the text file to write")
     try:
-        Path(sys.argv[1]).write_bytes(read_kjv())
+        options.parse_args().output.write_bytes(read_kjv())
     except (DataError, OSError) as failure:
         sys.exit(str(failure))

