@@ -126,7 +126,7 @@ def test_a_mistake_in_one_job_of_a_sweep_does_not_stop_the_others(train, tmp_pat
     printed = capsys.readouterr()
     assert printed.out.count("test accuracy") == 1
     job = rates.split(",").index("-1")
-    assert f"error: job {job}: lr is -1; expected a number above 0" in printed.err
+    assert f"error: job {job}: lr = -1: expected a positive number" in printed.err
     assert "Traceback" not in printed.err
 
 
