@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,10 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         raise ConfigError(f"device = {device!r}: expected auto, cpu, cuda or cuda:<number>")
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device = {device!r}: this torch ({torch.__version__}) sees no CUDA device")
-    try:
-        plan = TimingPlan(**cfg.bench)
-    except TypeError as error:
-        raise ConfigError(f"bench: {error}") from error
+    known = [entry.name for entry in fields(TimingPlan)]
+    for key, value in cfg.bench.items():
+        if key not in known:
+            raise ConfigError(f"bench.{key} = {value!r}: expected one of {', '.join(known)}")
     return ModelSweep(
         batch_sizes=listed(cfg.batch_size),
         dtypes=listed(cfg.dtype),
@@ -108,7 +108,7 @@ def sweep_of(cfg: DictConfig) -> ModelSweep:
         energy=cfg.energy,
         energy_window_s=cfg.energy_window_s,
         commit=None if cfg.commit is None else str(cfg.commit),
-        plan=plan,
+        plan=TimingPlan(**cfg.bench),
     )
 
 

@@ -167,7 +167,7 @@ def test_a_checkpoint_without_its_data(run, checkpoint):
         (["freeze=foo"], "freeze = 'foo'"),
         (["evaluate=foo"], "evaluate = 'foo'"),
         (["bench.budget_s=abc"], "budget_s = 'abc'"),
-        (["+bench.foo=1"], "'foo'"),
+        (["+bench.foo=1"], "bench.foo = 1: expected one of warmup"),
         (["ckpt_path=5"], "ckpt_path = 5"),
         (["ckpt_path=nowhere/best.ckpt"], "nowhere/best.ckpt: no such file"),
         (["ckpt_path=nowhere/best.ckpt", "model.width=64"], "model.width=64"),
