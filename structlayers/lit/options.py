@@ -43,6 +43,8 @@ _TRAINER = {
     "enable_model_summary": nullable(FLAG),
 }
 
+_KNOWN_PACKAGES = ("lightning", "pytorch_lightning", "structlayers")
+
 
 def check_trainer(options: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for an option of the Trainer that would end in a traceback or be taken for true."""
@@ -51,6 +53,9 @@ def check_trainer(options: Mapping[str, Any]) -> None:
 
 def check_monitors(callbacks: Mapping[str, pl.Callback], module: LitModule) -> None:
     """Raise ``ConfigError`` for a callback that waits for a metric which is not logged: that ends the first epoch."""
+    if any(type(callback).__module__.split(".")[0] not in _KNOWN_PACKAGES for callback in callbacks.values()):
+        # One from elsewhere may log what another waits for.
+        return
     # The last two are Lightning's own.
     known = (*module.logged, "epoch", "step")
     for name, callback in callbacks.items():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from structlayers.errors import ConfigError
@@ -50,3 +50,8 @@ def test_a_callback_waits_for_a_metric_that_is_logged():
     check_monitors({**known, "every": ModelCheckpoint(), "epoch": ModelCheckpoint(monitor="epoch")}, module)
     with pytest.raises(ConfigError, match=r"callbacks\.stop\.monitor = 'val/accuracy': .*val/bits_per_byte"):
         check_monitors({"stop": EarlyStopping("val/accuracy")}, module)
+
+    class Logs(Callback):
+        """From elsewhere: it may log the metric."""
+
+    check_monitors({"logs": Logs(), "stop": EarlyStopping("val/accuracy")}, module)
