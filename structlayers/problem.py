@@ -50,7 +50,7 @@ class Problem:
         if device.type != "cuda":
             return cls(pattern, n, dtype, device.type, layout)
         tf32 = dtype == torch.float32 and rounds_to_tf32()
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = device_index(device)
         return cls(pattern, n, dtype, device.type, layout, tf32, index, _capability(index))
 
     @property
@@ -69,6 +69,11 @@ def rounds_to_tf32() -> bool:
     except RuntimeError:
         # The older getter refuses once the newer settings contradict it.
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device: that of the current one where ``device`` names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache

@@ -11,28 +11,18 @@ import torch
 import structlayers
 from structlayers.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["model.width=64", "model.depth=2", "structure=dense", "data.batch_size=32", "trainer.max_epochs=1"]
 QUIET = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
 QUICK = [*QUIET, "pretrained=checkpoint", "budgets=[0.5]", "calibration_batches=4", "finetune_steps=8", "optim.lr=1e-3"]
 
 
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Where the dataclasses of a script look for its names.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def convert():
+def convert(script):
     return script("convert")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(script, tmp_path_factory):
     """The run folder of a small dense classifier of digits."""
     folder = tmp_path_factory.mktemp("train")
     with pytest.MonkeyPatch.context() as patch:

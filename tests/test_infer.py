@@ -1,6 +1,5 @@
 """``python infer.py``: both ways in, its files, and its mistakes."""
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -12,16 +11,12 @@ from structlayers.bench.rows import read_rows
 from structlayers.build import build_model
 from structlayers.data import DigitsDataModule
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["bench=quick", "bench.max_samples=3", "roofline=false", "threads=1"]
 
 
 @pytest.fixture(scope="module")
-def infer():
-    spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def infer(script):
+    return script("infer")
 
 
 @pytest.fixture

@@ -19,11 +19,8 @@ QUICK = [*SMALL, "trainer.max_epochs=2", "trainer.enable_progress_bar=false", "t
 
 
 @pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def train(script):
+    return script("train")
 
 
 @pytest.fixture

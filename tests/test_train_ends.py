@@ -1,7 +1,6 @@
 """How a run of ``python train.py`` ends: what it leaves behind, what it says, and its exit code."""
 
 import csv
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -16,11 +15,8 @@ QUICK += ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="module")
-def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def train(script):
+    return script("train")
 
 
 @pytest.fixture

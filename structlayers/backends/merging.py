@@ -12,12 +12,12 @@ from structlayers._extension import why_missing
 from structlayers.backends import cuda
 from structlayers.factorize import merge_weights
 from structlayers.patterns import Pattern
+from structlayers.problem import device_index
 
 _library = torch.library.Library("structlayers", "FRAGMENT")
 # Implemented in csrc/register.cpp: the products of runs of neighbours, so many weights each, in one launch.
 _library.define("cuda_merge(Tensor[] weights, int[] lengths) -> Tensor[]")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of csrc/merge.h: factors in a run, runs in a launch, elements of a row of the product.
 MOST_FACTORS, MOST_RUNS, MOST_ROW = 16, 4, 4096
 # Multiply-adds of a run beyond which the tensor cores behind torch.matmul are ahead of one launch of plain ones.
@@ -62,9 +62,9 @@ def merge(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _takes_kernel(run: Sequence[Tensor]) -> bool:
     device = run[0].device
-    if device.type != "cuda" or run[0].dtype not in DTYPES or not has_kernel():
+    if device.type != "cuda" or run[0].dtype not in cuda.DTYPES or not has_kernel():
         return False
-    if cuda.why_device_does_not_serve(torch.cuda.current_device() if device.index is None else device.index):
+    if cuda.why_device_does_not_serve(device_index(device)):
         return False
     # The kernel has no gradient.
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in run):

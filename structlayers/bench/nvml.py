@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from structlayers.problem import device_index
+
 # Load that other work puts on a GPU, in per cent, above which its timings say little.
 _BUSY_PERCENT = 10.0
 _QUERY = {
@@ -30,7 +32,7 @@ def uuid_of(device: torch.device) -> str:
     """The UUID of a CUDA device as NVML writes it. Raises :class:`NvmlUnavailable` on a CPU."""
     if device.type != "cuda":
         raise NvmlUnavailable(f"NVML reads NVIDIA GPUs; this device is {device.type}")
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device_index(device)
     text = str(torch.cuda.get_device_properties(index).uuid)
     return text if text.startswith(("GPU-", "MIG-")) else f"GPU-{text}"
 

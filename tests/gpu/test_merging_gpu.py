@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structlayers import Chain, KSLinear, Pattern
 from structlayers._extension import why_missing
-from structlayers.backends import merging
+from structlayers.backends import cuda, merging
 from structlayers.factorize import merge_weights
 from structlayers.tolerances import tolerance
 
@@ -53,7 +53,7 @@ def check(runs: Sequence[Sequence[Pattern]], dtype: torch.dtype) -> None:
         assert error <= tolerance(dtype, max(p.c for p in run)), (run, error)
 
 
-@pytest.mark.parametrize("dtype", merging.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_products_are_those_of_the_oracle(dtype):
     rng = random.Random(0)
     for _ in range(40):
